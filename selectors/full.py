@@ -1,0 +1,24 @@
+"""Full: no selection. Every token is a candidate, the pruner alone decides ("Full+Twilight" in the paper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from twilight import Budget, LayerCache, Selection, Selector
+
+
+@dataclass
+class Full(Selector):
+    """Propose every token. The budget is not looked at."""
+
+    name: ClassVar[str] = "full"
+    paper: ClassVar[str] = "Twilight, arXiv 2502.02770, section 5.1"
+
+    def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
+        g = layer.geometry
+        return Selection.everything(
+            layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=g.page_size
+        )

@@ -1,0 +1,41 @@
+"""Oracle top-p: the smallest set whose true mass reaches p. Reads every key; a yardstick, not a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from twilight import Budget, Geometry, LayerCache, Selection, Selector, ops
+from twilight.checks import check_p
+from twilight.ops.top_p import top_p_mask
+
+
+@dataclass
+class OracleTopP(Selector):
+    """Propose what top-p over the true weights keeps, joined over the group (Twilight, definition 3.3).
+
+    The budget is not looked at: p is the budget. Run it with ``pruner=none`` to attend to exactly this set.
+
+    Attributes:
+        mass: the attention mass to keep for each query head, in (0, 1].
+    """
+
+    name: ClassVar[str] = "oracle_topp"
+    paper: ClassVar[str] = "Twilight, arXiv 2502.02770, definition 3.3"
+
+    mass: float = 0.95
+
+    def __post_init__(self) -> None:
+        check_p(self.mass)
+
+    def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
+        g = layer.geometry
+        logits = ops.exact_logits(q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len)
+        keep = top_p_mask(logits, self.mass).unflatten(1, (g.num_kv_heads, -1)).any(2)
+        tokens = torch.arange(keep.shape[-1], device=q.device)
+        return Selection.compact(tokens.expand_as(keep), keep, granularity=1)
+
+    def bytes_per_token(self, geometry: Geometry) -> float:
+        return geometry.head_dim * torch.empty(0, dtype=geometry.dtype).element_size()

@@ -1,0 +1,95 @@
+"""TwilightAttention: one decode step of one layer, and the stats it leaves."""
+
+from __future__ import annotations
+
+import torch
+
+from twilight import ops
+from twilight.budget import UniformBudget, parse_budget
+from twilight.cache import LayerCache
+from twilight.checks import check_tensor
+from twilight.pruner import Pruner, TopP
+from twilight.selector import Selector
+from twilight.stats import Stats
+
+
+class TwilightAttention:
+    """Select, estimate, prune, attend.
+
+    Args:
+        selector: proposes candidates.
+        pruner: cuts them down; top-p at 0.95 by default.
+        budget: how many candidates: tokens (int), a fraction of the length (float), or a policy.
+        min_context: sequences up to this many tokens are attended densely when no longer one is in the batch.
+        collect_stats: record budgets and mass at every step.
+    """
+
+    def __init__(
+        self,
+        selector: Selector,
+        pruner: Pruner | None = None,
+        budget: int | float | UniformBudget = 0.25,
+        *,
+        min_context: int = 0,
+        collect_stats: bool = False,
+    ) -> None:
+        if not isinstance(selector, Selector):
+            raise TypeError(f"selector: expected a twilight.Selector, got {type(selector).__name__}")
+        if isinstance(min_context, bool) or not isinstance(min_context, int) or min_context < 0:
+            raise ValueError(f"min_context: expected an int of at least 0, got {min_context!r}")
+        self.selector = selector
+        self.pruner: Pruner = pruner if pruner is not None else TopP()
+        self.budget = parse_budget(budget)
+        self.min_context = min_context
+        self.stats = Stats(enabled=collect_stats)
+
+    def decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, *, sm_scale: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append one token a sequence and attend to what matters of the past.
+
+        Args:
+            q: `[b, Hq, d]`, rotated.
+            k, v: `[b, Hkv, d]` of the same tokens, keys rotated.
+            layer: the layer's cache.
+            sm_scale: the factor of the logits, 1/sqrt(d) by default.
+
+        Returns:
+            `(out, lse)`: `[b, Hq, d]` in the type of q, and `[b, Hq]` float32.
+        """
+        check_query(q, layer)
+        layer.append(k, v)
+        return self.attend(q, layer, sm_scale=sm_scale)
+
+    def is_dense(self, layer: LayerCache) -> bool:
+        """Return whether this step would run densely, because no sequence is longer than `min_context`."""
+        return layer.max_seq_len <= self.min_context
+
+    def attend(
+        self, q: torch.Tensor, layer: LayerCache, *, sm_scale: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the rest of `decode` for tokens that have been appended already."""
+        geometry, table, lens, longest = layer.geometry, layer.page_table, layer.seq_lens, layer.max_seq_len
+        pages = (layer.k_pages, layer.v_pages, table, lens)
+        if self.is_dense(layer):
+            self.stats.dense(layer)
+            out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=sm_scale)
+            return out.squeeze(1), lse.squeeze(1)
+
+        budget = self.budget.resolve(lens, geometry.num_kv_heads, max_seq_len=longest)
+        candidates = self.selector.select(q, layer, budget)
+        logits = None
+        if self.pruner.needs_logits:
+            logits = ops.estimate_scores(
+                q, layer.shadow, table, lens, candidates, page_size=geometry.page_size, sm_scale=sm_scale
+            )
+        kept = self.pruner(logits, candidates, lens)
+        self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
+        return ops.sparse_attention(q, *pages, kept.selection, sm_scale=sm_scale)
+
+
+def check_query(q: torch.Tensor, layer: LayerCache) -> None:
+    """Refuse a query that does not fit the cache, before anything is written to it."""
+    geometry = layer.geometry
+    shape = (layer.seq_lens.shape[0], geometry.num_q_heads, geometry.head_dim)
+    check_tensor("q", q, shape, dtype=geometry.dtype, device=geometry.device)

@@ -1,0 +1,266 @@
+"""PagedKVCache: keys, values, the 4-bit copy of the keys and the selector's metadata, in pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from twilight import ops
+from twilight.checks import check_positive, check_tensor
+from twilight.geometry import Geometry
+from twilight.ops.quantize import shadow_bytes
+from twilight.pages import Extension, PageTable
+from twilight.selector import MetadataSpec, Selector
+
+_SUMMARIZE_PAGES = 4096
+"""Pages handed to `Selector.summarize` at a time: 64k tokens, which bounds the copy of the keys that it reads."""
+
+
+class LayerCache:
+    """One layer's share of a `PagedKVCache`: what a selector and the operators read.
+
+    Attributes:
+        index: the model's number of the layer.
+        k_pages, v_pages: `[pages, Hkv, P, d]`.
+        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, the 4-bit copy of the keys; see `twilight.ops.quantize`.
+    """
+
+    def __init__(self, cache: PagedKVCache, index: int) -> None:
+        self._cache = cache
+        self.index = index
+        self._step = 0
+        self._allocate(0, cache.table.num_pages + 1)
+
+    def _allocate(self, used: int, pages: int) -> None:
+        """Make room for `pages` pages, keeping the first `used`."""
+        geometry = self.geometry
+        heads, size, dim = geometry.num_kv_heads, geometry.page_size, geometry.head_dim
+
+        def buffer(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            # Zeros, not empty: a masked slot is multiplied by a weight of 0, and 0 times a stray NaN is NaN.
+            new = torch.zeros((pages, heads, *shape), dtype=dtype, device=geometry.device)
+            if old is not None:
+                new[:used] = old[:used]
+            return new
+
+        self.k_pages = buffer(getattr(self, "k_pages", None), (size, dim), geometry.dtype)
+        self.v_pages = buffer(getattr(self, "v_pages", None), (size, dim), geometry.dtype)
+        self.shadow = buffer(getattr(self, "shadow", None), (shadow_bytes(size, dim),), torch.uint8)
+        old = getattr(self, "_metadata", {})
+        self._metadata = {
+            spec.name: buffer(
+                old.get(spec.name), (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
+            )
+            for spec in self._cache.specs
+        }
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes shared by all layers."""
+        return self._cache.geometry
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """`[b, max_pages]` int32: the page of each logical page; padded with page 0, which belongs to nobody."""
+        return self._cache.page_table
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """`[b]` int32: tokens of each sequence, those of the current step included."""
+        return self._cache.seq_lens
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence, known on the host."""
+        return self._cache.max_seq_len
+
+    def metadata(self, name: str) -> torch.Tensor:
+        """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
+        return self._metadata[name]
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
+        """Add tokens to the sequences: K, V, the 4-bit copy and the selector's metadata.
+
+        The first layer that appends in a step makes room for all of them; each other layer then appends as many.
+
+        Args:
+            k, v: `[b, n, Hkv, d]`, or `[b, Hkv, d]` for one token a sequence; keys rotated.
+            new_tokens: for each sequence, how many of its first n tokens are real; n by default.
+
+        Raises:
+            ValueError, TypeError: shapes, types or counts that do not fit.
+            OutOfPagesError: no room. Either way the cache is as it was.
+        """
+        if k.ndim == 3:
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
+        geometry, rows = self.geometry, self._cache.num_rows
+        check_tensor(
+            "k", k, (rows, None, geometry.num_kv_heads, geometry.head_dim), dtype=geometry.dtype, device=geometry.device
+        )
+        check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
+        counts = [k.shape[1]] * rows if new_tokens is None else list(new_tokens)
+        if max(counts) > k.shape[1]:
+            raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
+        self._cache._begin(self, counts)
+        self._step = self._cache._step
+        added = torch.tensor(counts, dtype=torch.int32, device=geometry.device)
+        ops.append(k, v, self.k_pages, self.v_pages, self.shadow, self.page_table, self.seq_lens, added)
+        self._summarize(*self._cache._touched)
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        for buffer in (self.k_pages, self.v_pages, self.shadow, *self._metadata.values()):
+            buffer[target] = buffer[source]
+
+    def _summarize(self, pages: torch.Tensor, valid: torch.Tensor) -> None:
+        if not self._metadata:
+            return
+        for chunk in range(0, len(pages), _SUMMARIZE_PAGES):
+            which, mask = pages[chunk : chunk + _SUMMARIZE_PAGES], valid[chunk : chunk + _SUMMARIZE_PAGES]
+            keys = self.k_pages[which].masked_fill(~mask[:, None, :, None], 0)
+            summary = self._cache.selector.summarize(keys, mask, self.index)
+            for name, buffer in self._metadata.items():
+                buffer[which] = summary[name].to(buffer.dtype)
+
+
+class PagedKVCache:
+    """The KV cache of a model, for a batch of sequences of different lengths.
+
+    All layers share one page table. A row is a sequence's place in the batch; an empty row costs nothing and may stand
+    in any batch.
+
+    Args:
+        geometry: sizes.
+        num_rows: sequences, b.
+        num_pages: pages to begin with.
+        selector: whose metadata is kept beside the keys.
+        growable: double the pool when it is full instead of raising `OutOfPagesError`.
+        max_pages: a bound that a growable pool keeps.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        num_rows: int,
+        num_pages: int,
+        selector: Selector | None = None,
+        growable: bool = False,
+        max_pages: int | None = None,
+    ) -> None:
+        self.geometry = geometry
+        self.selector = selector if selector is not None else Selector()
+        self.selector.prepare(geometry)
+        self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
+        self.table = PageTable(num_pages, geometry.page_size, num_rows)
+        self._growable = growable
+        self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)
+        self._step = 0
+        self._pending: list[int] = []
+        self._touched = (torch.empty(0), torch.empty(0))
+        self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
+        self._upload()
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences, b."""
+        return len(self.table.rows)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence, known on the host."""
+        return max(self.table.lengths)
+
+    def fork(self, source: int, target: int) -> None:
+        """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
+        self.table.fork(source, target)
+        self._upload()
+
+    def free(self, row: int) -> None:
+        """Forget a row."""
+        self.table.free(row)
+        self._upload()
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget a row's tokens from position `length` on, as after a rejected speculation."""
+        shrinks = length < self.table.lengths[row] if 0 <= row < self.num_rows else False
+        self._copy_pages(self.table.truncate(row, length))
+        self._upload()
+        size = self.geometry.page_size
+        if shrinks and length % size:
+            page = torch.tensor([self.table.rows[row][-1]], device=self.geometry.device)
+            valid = (torch.arange(size, device=self.geometry.device) < length % size)[None]
+            for layer in self.layers:
+                layer._summarize(page, valid)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Make row i what row `rows[i]` was: beam reorder, repeat, drop. The number of rows may change."""
+        if not len(rows):
+            raise ValueError("rows: expected at least one row")
+        self.table.select([int(row) for row in rows])
+        self._upload()
+
+    def nbytes(self) -> dict[str, int]:
+        """Return bytes held: ``kv``, ``shadow`` and ``metadata``."""
+        total = {"kv": 0, "shadow": 0, "metadata": 0}
+        for layer in self.layers:
+            total["kv"] += layer.k_pages.nbytes + layer.v_pages.nbytes
+            total["shadow"] += layer.shadow.nbytes
+            total["metadata"] += sum(buffer.nbytes for buffer in layer._metadata.values())
+        return total
+
+    def _begin(self, layer: LayerCache, counts: list[int]) -> None:
+        """Make room for a step's tokens if `layer` is the first to append, and check that the others agree."""
+        if layer._step < self._step:
+            if counts != self._pending:
+                raise ValueError(
+                    f"new_tokens: layer {layer.index} appends {counts} in a step that began with {self._pending}"
+                )
+            return
+        behind = [other.index for other in self.layers if other._step < self._step]
+        if behind:
+            raise ValueError(f"layer {layer.index} appends again before layers {behind} had their turn")
+        if self._growable:
+            self._grow(self.table.pages_needed(counts) - self.table.num_free)
+        self._copy_pages(self.table.extend(counts))
+        self._step += 1
+        self._pending = counts
+        self._upload()
+        self._touched = self._pages_of_last(counts)
+
+    def _grow(self, missing: int) -> None:
+        if missing <= 0:
+            return
+        old = self.table.num_pages
+        pages = max(old * 2, old + missing)
+        if self._max_pages is not None:
+            pages = max(old, min(pages, self._max_pages))
+        for layer in self.layers:
+            layer._allocate(old + 1, pages + 1)
+        self.table.grow(pages)
+
+    def _copy_pages(self, extension: Extension) -> None:
+        if not extension.copies:
+            return
+        source, target = torch.tensor(extension.copies, device=self.geometry.device).T
+        for layer in self.layers:
+            layer._copy(source, target)
+
+    def _pages_of_last(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages that hold each row's last tokens, `[n]`, and which of their slots are filled, `[n, P]`."""
+        size = self.geometry.page_size
+        pages: list[int] = []
+        filled: list[int] = []
+        for row, length, new in zip(self.table.rows, self.table.lengths, counts, strict=True):
+            for logical in range((length - new) // size, len(row) if new else 0):
+                pages.append(row[logical])
+                filled.append(min(size, length - logical * size))
+        device = self.geometry.device
+        slots = torch.arange(size, device=device)
+        return torch.tensor(pages, dtype=torch.long, device=device), slots < torch.tensor(filled, device=device)[:, None]
+
+    def _upload(self) -> None:
+        width = max(1, max(map(len, self.table.rows)))
+        padded = [row + [0] * (width - len(row)) for row in self.table.rows]
+        self.page_table = torch.tensor(padded, dtype=torch.int32).to(self.geometry.device)
+        self.seq_lens = torch.tensor(self.table.lengths, dtype=torch.int32).to(self.geometry.device)

@@ -1,0 +1,94 @@
+"""Dense attention over the paged cache: the fallback for short contexts, and steps of several tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from twilight.checks import FLOAT_DTYPES, check_tensor
+
+
+def gather_dense(pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, length: int) -> torch.Tensor:
+    """Lay paged rows out side by side: `[b, Hkv, length, d]`, zeros behind each sequence's end."""
+    num_pages = -(-length // pages.shape[2])
+    rows = pages[page_table[:, :num_pages].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
+    real = torch.arange(rows.shape[2], device=rows.device) < seq_lens[:, None]
+    return rows.masked_fill(~real[:, None, :, None], 0)
+
+
+def exact_logits(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_seq_len: int,
+    sm_scale: float | None = None,
+) -> torch.Tensor:
+    """Return the exact logits of one query a sequence over all of its tokens: what estimates are measured against.
+
+    Args:
+        q: `[b, Hq, d]`.
+        k_pages: `[pages, Hkv, P, d]`.
+        page_table: `[b, max_pages]` int32.
+        seq_lens: `[b]` int32.
+        max_seq_len: the longest of `seq_lens`, known on the host.
+        sm_scale: the factor of the logits, 1/sqrt(d) by default.
+
+    Returns:
+        `[b, Hq, max_seq_len]` float32, `-inf` behind each sequence's end.
+    """
+    k = gather_dense(k_pages, page_table, seq_lens, max_seq_len).float()
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    logits = (q.float().unflatten(1, (k.shape[1], -1)) @ k.transpose(-1, -2) * scale).flatten(1, 2)
+    past = torch.arange(max_seq_len, device=q.device) >= seq_lens[:, None, None]
+    return logits.masked_fill(past, -torch.inf)
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_seq_len: int,
+    new_tokens: torch.Tensor | None = None,
+    sm_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend causally to every token of the sequence, through torch's scaled dot product attention.
+
+    Args:
+        q: `[b, n, Hq, d]`, the queries of each sequence's last tokens, first `new_tokens[i]` of row i real.
+        k_pages, v_pages: `[pages, Hkv, P, d]`.
+        page_table: `[b, max_pages]` int32.
+        seq_lens: `[b]` int32, the new tokens counted.
+        max_seq_len: the longest of `seq_lens`, known on the host.
+        new_tokens: `[b]` int32; n for every sequence by default.
+        sm_scale: the factor of the logits, 1/sqrt(d) by default.
+
+    Returns:
+        `(out, lse)`: `[b, n, Hq, d]` in the type of q, and `[b, n, Hq]` float32. Zeros and `-inf` for an empty sequence;
+        a query that is not real gives something finite.
+    """
+    check_tensor("q", q, (seq_lens.shape[0], None, None, k_pages.shape[-1]), dtype=FLOAT_DTYPES)
+    steps = q.shape[1]
+    if max_seq_len == 0:
+        return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
+    counts = torch.full_like(seq_lens, steps) if new_tokens is None else new_tokens
+    k, v = (gather_dense(pages, page_table, seq_lens, max_seq_len) for pages in (k_pages, v_pages))
+    last = (seq_lens - counts)[:, None] + torch.arange(steps, device=q.device)
+    # A query that is not real sees the first token, so that its softmax is over something.
+    last = last.clamp(min=0).minimum((seq_lens - 1).clamp(min=0)[:, None])
+    mask = torch.arange(max_seq_len, device=q.device) <= last[:, None, :, None]
+    ragged = bool((seq_lens != max_seq_len).any()) if seq_lens.device.type == "cpu" else True
+    masked = ragged or steps > 1
+    group = q.shape[2] // k.shape[1]
+    k, v = (part.repeat_interleave(group, dim=1) for part in (k, v))
+    queries = q.transpose(1, 2)
+    out = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask if masked else None, scale=sm_scale)
+    logits = queries.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    lse = logits.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    empty = (seq_lens == 0)[:, None, None]
+    out = out.transpose(1, 2).masked_fill(empty.unsqueeze(-1), 0).contiguous()
+    return out, lse.transpose(1, 2).masked_fill(empty, -torch.inf)
