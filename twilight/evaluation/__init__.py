@@ -1,0 +1,1 @@
+"""What sparse attention costs in quality: text, tasks and measurements that need no download."""
