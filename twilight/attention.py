@@ -58,6 +58,7 @@ class TwilightAttention:
             `(out, lse)`: `[b, Hq, d]` in the type of q, and `[b, Hq]` float32.
         """
         check_query(q, layer)
+        check_tensor("k", k, (q.shape[0], layer.geometry.num_kv_heads, layer.geometry.head_dim))
         layer.append(k, v)
         return self.attend(q, layer, sm_scale=sm_scale)
 

@@ -8,6 +8,7 @@ import torch
 
 from twilight import ops
 from twilight.checks import check_positive, check_tensor
+from twilight.errors import OutOfPagesError
 from twilight.geometry import Geometry
 from twilight.ops.quantize import shadow_bytes
 from twilight.pages import Extension, PageTable
@@ -77,6 +78,12 @@ class LayerCache:
 
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
+        if name not in self._metadata:
+            there = ", ".join(map(repr, self._metadata)) or "none"
+            raise ValueError(
+                f"metadata: this cache keeps no '{name}' (there is: {there}). "
+                "Make it with PagedKVCache(..., selector=...) of the selector that decodes."
+            )
         return self._metadata[name]
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
@@ -92,15 +99,15 @@ class LayerCache:
             ValueError, TypeError: shapes, types or counts that do not fit.
             OutOfPagesError: no room. Either way the cache is as it was.
         """
-        if k.ndim == 3:
-            k, v = k.unsqueeze(1), v.unsqueeze(1)
         geometry, rows = self.geometry, self._cache.num_rows
-        check_tensor(
-            "k", k, (rows, None, geometry.num_kv_heads, geometry.head_dim), dtype=geometry.dtype, device=geometry.device
-        )
+        single = isinstance(k, torch.Tensor) and k.ndim == 3
+        shape = (rows, *(() if single else (None,)), geometry.num_kv_heads, geometry.head_dim)
+        check_tensor("k", k, shape, dtype=geometry.dtype, device=geometry.device)
         check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
+        if single:
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
         counts = [k.shape[1]] * rows if new_tokens is None else list(new_tokens)
-        if max(counts) > k.shape[1]:
+        if max(counts, default=0) > k.shape[1]:
             raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
         self._step = self._cache._step
@@ -184,7 +191,14 @@ class PagedKVCache:
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from position `length` on, as after a rejected speculation."""
         shrinks = length < self.table.lengths[row] if 0 <= row < self.num_rows else False
-        self._copy_pages(self.table.truncate(row, length))
+        try:
+            extension = self.table.truncate(row, length)
+        except OutOfPagesError:
+            if not self._growable:
+                raise
+            self._grow(1)
+            extension = self.table.truncate(row, length)
+        self._copy_pages(extension)
         self._upload()
         size = self.geometry.page_size
         if shrinks and length % size:
@@ -234,7 +248,9 @@ class PagedKVCache:
         old = self.table.num_pages
         pages = max(old * 2, old + missing)
         if self._max_pages is not None:
-            pages = max(old, min(pages, self._max_pages))
+            pages = min(pages, self._max_pages)
+        if pages < old + missing:
+            return  # growing would not be enough: the table will refuse, and the pool stays as it is
         for layer in self.layers:
             layer._allocate(old + 1, pages + 1)
         self.table.grow(pages)
@@ -257,7 +273,9 @@ class PagedKVCache:
                 filled.append(min(size, length - logical * size))
         device = self.geometry.device
         slots = torch.arange(size, device=device)
-        return torch.tensor(pages, dtype=torch.long, device=device), slots < torch.tensor(filled, device=device)[:, None]
+        return torch.tensor(pages, dtype=torch.long, device=device), slots < torch.tensor(filled, device=device)[
+            :, None
+        ]
 
     def _upload(self) -> None:
         width = max(1, max(map(len, self.table.rows)))

@@ -5,8 +5,8 @@ A file of channel orders holds, besides where it came from,
     {"method": "double_sparsity", "statistic": "qk", "layers": {"2": [[17, 3, ...], ...], ...}}
 
 with one row of head_dim channel numbers, heaviest first, for each kv head of each layer. The files that the official
-Double Sparsity code ships, {"model.layers.0.self_attn.k_proj": [[...], ...], ...}, load too where they hold one row a kv
-head.
+Double Sparsity code ships, {"model.layers.0.self_attn.k_proj": [[...], ...], ...}, load too where they hold one row a
+kv head.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def save_channels(path: str | Path, orders: dict[int, torch.Tensor], **source: A
 
 def _rows(data: Any, path: str, make: str) -> dict[int, Any]:
     if isinstance(data, dict) and isinstance(data.get("layers"), dict):
-        return {int(layer): rows for layer, rows in data["layers"].items() if str(layer).isdigit()}
+        return {int(layer): rows for layer, rows in data["layers"].items() if layer.isdecimal()}
     official = {}
     for key, rows in data.items() if isinstance(data, dict) else ():
         match = _OFFICIAL_KEY.fullmatch(key)
@@ -94,11 +94,16 @@ def _order(rows: Any, layer: int, geometry: Geometry, path: str, make: str) -> t
     if rows is None:
         raise CalibrationError(f"calibration: '{path}' has nothing for layer {layer}: another model's?\n  {make}")
     fits = isinstance(rows, list) and len(rows) == heads
-    if not fits or any(not isinstance(row, list) or sorted(row) != list(range(dim)) for row in rows):
+    if not fits or not all(_is_order(row, dim) for row in rows):
         raise CalibrationError(
-            f"calibration: layer {layer} of '{path}' is not {heads} orders of {dim} channels: another model's?\n  {make}"
+            f"calibration: layer {layer} of '{path}' is not {heads} orders of {dim} channels: "
+            f"another model's?\n  {make}"
         )
     return torch.tensor(rows, dtype=torch.long, device=geometry.device)
+
+
+def _is_order(row: Any, dim: int) -> bool:
+    return isinstance(row, list) and all(type(channel) is int for channel in row) and sorted(row) == list(range(dim))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
         text = Path(args.text).read_text(encoding="utf-8")
     else:
         text = b"".join(document(file) for file in source_files("train")[:64]).decode()
-    ids = loaded.tokenizer(text[: args.tokens * 16])["input_ids"][: min(args.tokens, loaded.max_tokens)]
+    ids = loaded.tokenizer(text, truncation=True, max_length=min(args.tokens, loaded.max_tokens))["input_ids"]
     if len(ids) < 2:
         raise ValueError("--text: expected at least 2 tokens of text")
     orders = channel_orders(loaded.model, torch.tensor([ids], device=loaded.model.device), args.statistic)

@@ -43,9 +43,14 @@ def check_tensor(
         if value.dtype not in allowed:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
             raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and value.device != device:
+    if device is not None and not _same_device(value.device, device):
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     return value
+
+
+def _same_device(one: torch.device, other: torch.device) -> bool:
+    # torch.device("cuda") is not equal to the torch.device("cuda:0") of the tensors made on it.
+    return one.type == other.type and (one.index == other.index or None in (one.index, other.index))
 
 
 def check_positive(name: str, value: object) -> int:

@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg: groups ``selector budget pruner model task``; see ``conf/``.
 
     Raises:
-        TwilightError, ValueError, TypeError, FileNotFoundError: whatever is wrong with the request, before anything runs.
+        TwilightError, ValueError, TypeError, FileNotFoundError: what is wrong with the request, before anything runs.
     """
     from twilight.integrations.transformers import attach
 
@@ -134,9 +134,7 @@ def _decode(loaded: LoadedModel, prompt: Prompt, cache: Any, step: Callable[[int
     }
 
 
-def _greedy(
-    model: Any, cache: Any, forced: torch.Tensor, new_tokens: int, step: Callable[[int], None]
-) -> torch.Tensor:
+def _greedy(model: Any, cache: Any, forced: torch.Tensor, new_tokens: int, step: Callable[[int], None]) -> torch.Tensor:
     """Feed `forced` `[b, n]` token by token, then the most likely token each time; return `[b, new_tokens]`."""
     chosen: list[torch.Tensor] = []
     for position in range(forced.shape[1] + new_tokens - 1):
@@ -171,7 +169,9 @@ def _bar(progress: Progress, name: str, prompt: Prompt) -> Callable[[int], None]
 
 
 def _title(result: dict[str, Any]) -> str:
-    return f"{result['selector']['name']}, {result['pruner']['name']} p={result['p']}, {result['context_tokens']} tokens"
+    return (
+        f"{result['selector']['name']}, {result['pruner']['name']} p={result['p']}, {result['context_tokens']} tokens"
+    )
 
 
 def _result(
@@ -180,13 +180,15 @@ def _result(
     prompt: Prompt,
     sparse: dict[str, Any],
     dense: dict[str, Any] | None,
-    layers: list[dict[str, object]],
+    layers: list[dict[str, Any]],
     memory: dict[str, int],
     kinds: dict[int, str],
 ) -> dict[str, Any]:
-    groups = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("selector", "pruner", "budget", "model")}
-    read = sum(float(row["kv_bytes"]) for row in layers)  # type: ignore[arg-type]
-    would = sum(float(row["dense_bytes"]) for row in layers)  # type: ignore[arg-type]
+    groups = {
+        name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("selector", "pruner", "budget", "model")
+    }
+    read = sum(row["kv_bytes"] for row in layers)
+    would = sum(row["dense_bytes"] for row in layers)
     num_dense = sum(kind != "sparse" for kind in kinds.values())
     beside = would / len(layers) * num_dense if layers else 0.0
     result: dict[str, Any] = {

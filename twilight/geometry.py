@@ -42,6 +42,9 @@ class Geometry:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
+        if self.page_size * self.head_dim % 4:
+            # The halves behind a page's codes would begin at an odd byte.
+            raise ValueError(f"page_size: expected an even number for head_dim={self.head_dim}, got {self.page_size}")
         if self.dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype: expected a floating point type, got {self.dtype}")
         object.__setattr__(self, "device", torch.device(self.device))

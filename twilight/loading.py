@@ -54,6 +54,7 @@ def load_model(
     """
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
     except ImportError as error:
         raise missing_extra("transformers", "hf", "loading a model") from error
     where = tiny_path() if name == "tiny" and path is None else path
@@ -70,13 +71,20 @@ def load_model(
     else:
         kind = _DTYPES[dtype]
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise FileNotFoundError(f"model.path: cannot load '{where}': the folder holds no config.json")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, torch_dtype=kind, **options).eval().to(target)
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=kind, **options).eval().to(target)
     except OSError as error:
         raise FileNotFoundError(f"model.path: cannot load '{where}': {str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise UnsupportedModelError(f"model.path: '{where}' is not a causal language model: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return LoadedModel(model, tokenizer, str(where))
 
 

@@ -109,8 +109,8 @@ class PageTable:
     def truncate(self, row: int, length: int) -> Extension:
         """Forget the tokens of a row from position `length` on.
 
-        A page cut in the middle while another row holds it is copied, so that what is kept about a page always speaks of
-        the same tokens for all its owners.
+        A page cut in the middle while another row holds it is copied, so that what is kept about a page always speaks
+        of the same tokens for all its owners.
 
         Raises:
             OutOfPagesError: no free page for that copy; nothing has changed.
@@ -159,6 +159,8 @@ class PageTable:
         left: Counter[int] = Counter()
         plan = []
         for pages, length, new in zip(self.rows, self.lengths, new_tokens, strict=True):
+            if isinstance(new, bool) or not isinstance(new, int):
+                raise TypeError(f"new_tokens: expected ints, got {type(new).__name__}")
             if new < 0:
                 raise ValueError(f"new_tokens: expected counts of at least 0, got {new}")
             copied = 0

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +47,8 @@ def print_decode(console: Console, result: dict[str, Any]) -> None:
 
 def _outputs(result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["twilight"]
-    table = Table(title=f"{result['prompt']}, {result['context_tokens']} tokens", title_justify="left")
+    title = f"{result['prompt']}, {result['context_tokens']} tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     columns = ["asked"] + (["expected"] if result["expected"] else [])
     for name in [*columns, "twilight"] + (["dense"] if dense else []):
         table.add_column(name, overflow="fold")
@@ -67,16 +69,23 @@ def _shown(text: str, result: dict[str, Any], index: int) -> str:
 
 
 def _budgets(result: dict[str, Any]) -> Table:
-    table = Table(title="tokens a step: mean (5th to 95th percentile)", title_justify="left")
-    for name in ("layer", "in cache", "candidates B0", "kept B1, query head", "read B1, kv head", "mass", "KV bytes"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
-    dense = [index for index, kind in result["layer_kinds"].items() if kind != "sparse"]
-    for index in dense:
-        table.add_row(index, "", "", "", f"[dim]{result['layer_kinds'][index]}[/]", "", "100.0 %")
+    kinds: dict[str, list[str]] = {}
+    for index, kind in result["layer_kinds"].items():
+        kinds.setdefault(kind, []).append(index)
+    others = [f"layers {', '.join(layers)}: {kind}" for kind, layers in kinds.items() if kind != "sparse"]
+    longest = max(float(row["seq_len"]) for row in result["layers"])
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"tokens a head and step, of {longest:.0f} in the cache: mean (5th to 95th percentile)",
+        title_justify="left",
+        caption="\n".join(["B1 kept: by one query head; B1 read: by the kv head, for its whole group", *others]),
+        caption_justify="left",
+    )
+    for name in ("layer", "candidates B0", "B1 kept", "B1 read", "mass", "KV bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in result["layers"]:
         table.add_row(
             str(row["layer"]),
-            f"{row['seq_len']:.0f}",
             *(_spread(row[name]) for name in ("b0", "b1_query", "b1_group")),
             f"{row['mass']['mean']:.3f}",
             f"{100 * row['kv_bytes'] / row['dense_bytes']:.1f} %",
@@ -90,15 +99,17 @@ def _spread(values: dict[str, float]) -> str:
 
 def _totals(result: dict[str, Any]) -> Table:
     sparse, dense, read, memory = result["twilight"], result["dense"], result["kv_bytes"], result["cache_bytes"]
-    table = Table(show_header=False)
+    table = Table(show_header=False, box=SIMPLE_HEAD)
     if "correct" in result:
         counts = ", ".join(f"{name} {n}/{len(result['expected'])}" for name, n in result["correct"].items())
         table.add_row("facts answered", counts)
     if dense:
         table.add_row("agreement with dense", f"{100 * result['agreement']:.1f} % of {_count(sparse)} generated tokens")
-    speed = f"{sparse['tokens_per_second']:.1f} twilight"
+    fast = sparse["tokens_per_second"]
+    speed = f"{fast:.1f} twilight"
     if dense:
-        speed += f", {dense['tokens_per_second']:.1f} dense ({sparse['tokens_per_second'] / dense['tokens_per_second']:.2f}×)"
+        slow = dense["tokens_per_second"]
+        speed += f", {slow:.1f} dense ({fast / slow:.2f}×)"
     table.add_row("tokens per second", f"{speed}, {result['device']} {result['dtype']}")
     table.add_row("KV bytes read, sparse layers", _share(read["sparse_layers"], read["sparse_layers_dense"]))
     table.add_row("KV bytes read, all layers", _share(read["all_layers"], read["all_layers_dense"]))
@@ -150,15 +161,15 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
         grid[index] = heads
     longest = max(float(record.seq_lens.max()) for record in stats.records)
     figure, axes = plt.subplots(figsize=(1.5 + 0.75 * num_heads, 1.6 + 0.42 * len(layers)), layout="constrained")
-    colours = plt.get_cmap("viridis").copy()
-    colours.set_bad("0.88")
+    colours = plt.get_cmap("viridis").with_extremes(bad="0.88")
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=LogNorm(1, longest), aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         if num_heads <= 16:
             text = "dense" if np.isnan(value) else f"{value:.0f}"
             dark = not np.isnan(value) and np.log(max(value, 1)) < 0.6 * np.log(longest)
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
-    axes.set_xticks(range(num_heads)) if num_heads <= 16 else None
+    if num_heads <= 16:
+        axes.set_xticks(range(num_heads))
     axes.set_yticks(range(len(layers)))
     axes.set_xlabel("query head")
     axes.set_ylabel("layer")

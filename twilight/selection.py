@@ -39,7 +39,14 @@ class Selection:
         check_positive("granularity", self.granularity)
         if self.log_weight is not None:
             b, _, capacity = self.indices.shape
-            check_tensor("log_weight", self.log_weight, (b, None, capacity), dtype=torch.float32)
+            device = self.indices.device
+            check_tensor("log_weight", self.log_weight, (b, None, capacity), dtype=torch.float32, device=device)
+
+    def check_fits(self, name: str, num_rows: int, num_q_heads: int, num_kv_heads: int) -> None:
+        """Refuse a selection made for another batch or other heads; `name` is what the caller calls it."""
+        check_tensor(f"{name}.indices", self.indices, (num_rows, num_kv_heads, None))
+        if self.log_weight is not None:
+            check_tensor(f"{name}.log_weight", self.log_weight, (num_rows, num_q_heads, None))
 
     @property
     def capacity(self) -> int:
@@ -95,9 +102,7 @@ class Selection:
         )
 
     @classmethod
-    def top(
-        cls, scores: torch.Tensor, counts: torch.Tensor, *, capacity: int, granularity: int
-    ) -> Selection:
+    def top(cls, scores: torch.Tensor, counts: torch.Tensor, *, capacity: int, granularity: int) -> Selection:
         """Select the highest-scoring tokens or pages.
 
         Args:

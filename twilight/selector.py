@@ -117,8 +117,8 @@ def combine_group(scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: f
     Args:
         scores: `[b, Hq, n]` float, `-inf` where there is nothing.
         num_kv_heads: Hkv, divides Hq.
-        how: ``"softmax"`` adds up each query head's softmax, which keeps most attention mass at equal budget;
-            ``"sum"`` adds the scores; ``"max"`` takes the largest.
+        how: ``"softmax"`` adds up each query head's softmax, which keeps most attention mass at equal budget, and
+            returns the log of it; ``"sum"`` adds the scores; ``"max"`` takes the largest.
         scale: the factor that makes the scores logits, used by ``"softmax"`` only.
 
     Returns:
@@ -130,7 +130,8 @@ def combine_group(scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: f
     if how == "sum":
         return grouped.sum(2)
     check_reduce(how)
-    nothing = grouped.amax(2) == -torch.inf
-    # A sequence without tokens has no softmax: its row is all -inf, and stays so.
-    mass = torch.softmax((grouped * scale).masked_fill(nothing.all(-1)[:, :, None, None], 0.0), dim=-1).sum(2)
-    return mass.masked_fill(nothing, -torch.inf)
+    # In logs: a softmax is 0 a hundred below the maximum, and among zeros there is no order to select by.
+    logits = grouped * scale
+    log_mass = logits - logits.logsumexp(-1, keepdim=True)
+    # A row without scores has no softmax: it is all -inf, and stays so.
+    return log_mass.masked_fill(grouped == -torch.inf, -torch.inf).logsumexp(2)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -117,9 +119,9 @@ class Stats:
         lists = [record.b1_query.cpu() for record in self.records if record.layer == layer]
         return torch.cat(lists).double().mean(0).numpy()
 
-    def summary(self) -> list[dict[str, object]]:
+    def summary(self) -> list[dict[str, Any]]:
         """Return one row a layer: steps, mean length, B0, B1 and mass with their spread, bytes."""
-        rows: list[dict[str, object]] = []
+        rows: list[dict[str, Any]] = []
         for layer, records in self.by_layer().items():
             rows.append(
                 {
@@ -144,5 +146,5 @@ def spread(values: torch.Tensor) -> dict[str, float]:
     return {"mean": float(array.mean()), "p5": float(np.percentile(array, 5)), "p95": float(np.percentile(array, 95))}
 
 
-def _mean(tensors: object) -> float:
-    return float(torch.cat([t.flatten() for t in tensors]).double().mean())  # type: ignore[attr-defined]
+def _mean(tensors: Iterable[torch.Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).double().mean())

@@ -39,7 +39,7 @@ class Handle:
     """What `attach` returns: makes caches, keeps stats, and takes Twilight off again.
 
     Attributes:
-        attention: selector, pruner and budget; its `pruner` may be replaced between runs, to change p without reloading.
+        attention: selector, pruner and budget; its `pruner` may be replaced between runs, to change p in place.
         layers: for each layer number, ``"sparse"`` or why it is dense.
     """
 
@@ -138,7 +138,9 @@ class Handle:
         if steps == 1:
             self.attention.stats.dense(pages)
         longest = pages.max_seq_len
-        k, v = (gather_dense(part, pages.page_table, pages.seq_lens, longest) for part in (pages.k_pages, pages.v_pages))
+        k, v = (
+            gather_dense(part, pages.page_table, pages.seq_lens, longest) for part in (pages.k_pages, pages.v_pages)
+        )
         visible = None
         if steps > 1 or min(cache.paged.table.lengths) < longest:  # type: ignore[union-attr]
             first = pages.seq_lens - torch.tensor(counts, dtype=torch.int32, device=query.device)
@@ -298,11 +300,9 @@ def _mask_function(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     sliding windows, packed sequences, caches with free room.
     """
     causal = kwargs.get("mask_function", causal_mask_function) is causal_mask_function
-    position = kwargs.get("cache_position")
-    if position is not None:  # transformers 4.57
-        end = int(position[-1]) + 1
-    else:
-        end = int(kwargs.get("q_offset", 0)) + kwargs["q_length"]
+    position = kwargs.get("cache_position")  # transformers 4.57; since 5, an offset and a length
+    offset = int(kwargs.get("q_offset", 0)) if position is None else int(position[0])
+    end = offset + (kwargs["q_length"] if position is None else len(position))
     if not causal or kwargs["kv_length"] != end or kwargs.get("kv_offset", 0):
         return sdpa_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")

@@ -1,4 +1,4 @@
-"""The cache that `Handle.cache()` gives to transformers: paged where attention is sparse, transformers' own elsewhere."""
+"""The cache that `Handle.cache()` makes: paged where attention is sparse, transformers' own elsewhere."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class TwilightCache(Cache):
 
     def __init__(
         self,
-        layers: Sequence[CacheLayerMixin],
+        layers: Sequence[Any],
         sparse: Sequence[int],
         geometry: Geometry,
         selector: Selector,
@@ -161,7 +161,7 @@ class TwilightCache(Cache):
             self.paged.select_rows(rows)
             self.real = self.real[rows]
 
-    def crop(self, layer: TwilightLayer | int, removed: int = 0) -> None:  # type: ignore[override]
+    def crop(self, layer: TwilightLayer | int, removed: int = 0) -> None:
         """Remove the last columns: of all layers if called by a user, of the pages if called by a layer."""
         if not isinstance(layer, TwilightLayer):
             super().crop(layer)
@@ -176,7 +176,7 @@ class TwilightCache(Cache):
         """Empty the cache, to be used for another batch."""
         super().reset()
         for own in self.layers:
-            if not isinstance(own, TwilightLayer):
+            if isinstance(own, DynamicLayer):
                 # transformers 4.57 zeroes a growing layer and keeps its length.
                 own.keys = own.values = None
                 own.is_initialized = False
@@ -198,9 +198,7 @@ class TwilightCache(Cache):
             geometry = replace(self._geometry, dtype=k.dtype, device=k.device)
             # Room for the prompt and a page a row to go on with; the pool doubles from there.
             pages = rows * (-(-new // geometry.page_size) + 1)
-            self.paged = PagedKVCache(
-                geometry, num_rows=rows, num_pages=pages, selector=self._selector, growable=True
-            )
+            self.paged = PagedKVCache(geometry, num_rows=rows, num_pages=pages, selector=self._selector, growable=True)
             self.real = torch.empty(rows, 0, dtype=torch.bool)
         elif self.paged.num_rows != rows:
             raise ValueError(f"past_key_values: the cache holds {self.paged.num_rows} sequences, the batch has {rows}")

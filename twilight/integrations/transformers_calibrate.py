@@ -31,10 +31,12 @@ def channel_orders(
     """
     orders: dict[int, torch.Tensor] = {}
 
-    def record(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def record(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         grouped = query.float().unflatten(1, (key.shape[1], -1))
         keys = key.float().unsqueeze(2)
-        weight = {"qk": grouped * keys, "q": grouped, "k": keys}[statistic].abs().mean(3).sum(2)
+        weight = {"qk": grouped * keys, "q": grouped, "k": keys}[statistic].abs().mean((0, 3)).sum(1)
         orders[module.layer_idx] = weight.argsort(dim=-1, descending=True, stable=True).cpu()
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 

@@ -68,10 +68,13 @@ def dense_attention(
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
 
     Returns:
-        `(out, lse)`: `[b, n, Hq, d]` in the type of q, and `[b, n, Hq]` float32. Zeros and `-inf` for an empty sequence;
-        a query that is not real gives something finite.
+        `(out, lse)`: `[b, n, Hq, d]` in the type of q, and `[b, n, Hq]` float32. Zeros and `-inf` for an empty
+        sequence; a query that is not real gives something finite.
     """
     check_tensor("q", q, (seq_lens.shape[0], None, None, k_pages.shape[-1]), dtype=FLOAT_DTYPES)
+    check_tensor("v_pages", v_pages, k_pages.shape, dtype=k_pages.dtype)
+    if q.shape[2] % k_pages.shape[1]:
+        raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[2]}")
     steps = q.shape[1]
     if max_seq_len == 0:
         return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)

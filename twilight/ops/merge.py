@@ -19,5 +19,6 @@ def merge(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.T
     """
     check_tensor("outs", outs, (*lses.shape, None))
     lse = lses.float().logsumexp(0)
-    weights = (lses.float() - lse.masked_fill(lse == -torch.inf, 0)).exp()
+    # Not exp(lses - lse): the rounding of a large lse would leave weights that do not add up to 1.
+    weights = torch.softmax(lses.float(), dim=0).masked_fill(lse == -torch.inf, 0)
     return (weights.unsqueeze(-1) * outs.float()).sum(0).to(outs.dtype), lse

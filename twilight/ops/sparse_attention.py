@@ -40,17 +40,18 @@ def sparse_attention(
     page_size = k_pages.shape[2]
     if q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[1]}")
+    selection.check_fits("selection", seq_lens.shape[0], q.shape[1], k_pages.shape[1])
     positions, valid = selection.positions(seq_lens)
     # A padded slot is read at position 0 and weighs nothing. Its value is cleared, because 0 * NaN is NaN.
     k = gather_tokens(k_pages, positions, page_table, page_size).float()
     v = gather_tokens(v_pages, positions, page_table, page_size).float().masked_fill(~valid.unsqueeze(-1), 0)
     grouped = q.float().unflatten(1, (k_pages.shape[1], -1))
     logits = grouped @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
-    logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf)
     log_weight = selection.token_log_weight()
     if log_weight is not None:
         logits = logits + log_weight.unflatten(1, (k_pages.shape[1], -1))
+    # Masked last: what lies behind a row's end may be anything, the log_weight there too.
+    logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf)
     lse = logits.logsumexp(-1)
-    empty = lse == -torch.inf
-    weights = (logits - lse.masked_fill(empty, 0).unsqueeze(-1)).exp()
+    weights = torch.softmax(logits, dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
     return (weights @ v).flatten(1, 2).to(q.dtype), lse.flatten(1)

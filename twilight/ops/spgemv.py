@@ -45,12 +45,15 @@ def estimate_scores(
     if q.shape[1] % num_kv_heads:
         raise ValueError(f"q: expected a multiple of {num_kv_heads} heads, got {q.shape[1]}")
     check_tensor("shadow", shadow, (None, None, page_size * head_dim // 2 + 4 * page_size), dtype=torch.uint8)
+    candidates.check_fits("candidates", seq_lens.shape[0], q.shape[1], num_kv_heads)
     positions, valid = candidates.positions(seq_lens)
     codes, params = (gather_tokens(part, positions, page_table, page_size) for part in split_shadow(shadow, page_size))
     grouped = q.float().unflatten(1, (num_kv_heads, -1))
     scale, zero = params.float().unsqueeze(2).unbind(-1)
     dots = grouped @ unpack(codes).float().transpose(-1, -2)
     logits = (scale * dots + zero * grouped.sum(-1, keepdim=True)) * (head_dim**-0.5 if sm_scale is None else sm_scale)
-    logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf).flatten(1, 2)
     log_weight = candidates.token_log_weight()
-    return logits if log_weight is None else logits + log_weight
+    if log_weight is not None:
+        logits = logits + log_weight.unflatten(1, (num_kv_heads, -1))
+    # Masked last: what lies behind a row's end may be anything, the log_weight there too.
+    return logits.masked_fill(~valid.unsqueeze(2), -torch.inf).flatten(1, 2)

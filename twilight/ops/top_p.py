@@ -1,8 +1,8 @@
 """Top-p: the smallest set of candidates whose mass reaches p, joined over the query heads of a group.
 
-Over one query head's candidates, `w = softmax(logits)`. Kept is `{i : w_i >= t}` for the largest t whose kept mass is at
-least p (Twilight, definition 3.3 and section 4.2). Ties at the threshold are all kept, p = 1 keeps every candidate, at
-least one is kept. A kv head then keeps what any query head of its group keeps (appendix B.2).
+Over one query head's candidates, `w = softmax(logits)`. Kept is `{i : w_i >= t}` for the largest t whose kept mass is
+at least p (Twilight, definition 3.3 and section 4.2). Ties at the threshold are all kept, p = 1 keeps every candidate,
+at least one is kept. A kv head then keeps what any query head of its group keeps (appendix B.2).
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+# `make demo` and `make test` set up what they need from nothing, into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Releases of transformers, beside the one in constraints.txt, that `make compat` runs the integration's tests on.
+COMPAT ?= 4.57.6
+COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format types pytest compat demo doctor clean
+
+help:  ## print this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## install the package and its development tools into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "twilight needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,dev]'
+	@touch $@
+
+test: lint types pytest compat  ## lint, types, tests, and the integration's tests on older transformers
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff repair what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP)  ## mypy
+	$(BIN)/mypy
+
+pytest: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest
+
+compat: $(COMPAT:%=compat-%)  ## the integration's tests on the releases in COMPAT='4.57.6 5.16.1'
+
+compat-%: .compat/%/.installed
+	.compat/$*/bin/python -m pytest --quiet $(COMPAT_TESTS)
+
+# A venv that sees .venv behind its own packages: pip then adds transformers and what that release wants in other
+# versions, and leaves torch where it is. addsitedir, unlike a plain path, also follows the editable install.
+.compat/%/.installed: $(STAMP)
+	rm -rf .compat/$*
+	$(BIN)/python -m venv --without-pip .compat/$*
+	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$site')" > $$(.compat/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
+	$(BIN)/python -m pip --python .compat/$*/bin/python install --quiet --disable-pip-version-check 'transformers==$*'
+	@touch $@
+
+demo: $(STAMP)  ## decode a long prompt with the small model, and show what that saved
+	$(BIN)/python examples/decode.py selector=quest p=0.95
+
+doctor: $(STAMP)  ## check what works on this machine
+	$(BIN)/twilight doctor
+
+clean:  ## remove what the other targets made
+	rm -rf .venv .compat build dist *.egg-info outputs multirun .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,228 @@
+"""The command line: ``twilight <verb> [words]``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from twilight.errors import TwilightError, UnknownNameError, unknown_name
+from twilight.registry import PluginWarning
+
+FAILED = 1
+"""Exit status of a verb that could not do what it was asked for."""
+USAGE = 2
+"""Exit status of a command line that asks for what is not there."""
+
+_EXPECTED = (TwilightError, ValueError, TypeError, OSError)
+"""Errors of bad input: their message is the answer."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb and return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb, rest = (words[0], words[1:]) if words else ("help", [])
+    if verb in ("-h", "--help"):
+        verb = "help"
+    if verb in ("-V", "--version"):
+        verb = "version"
+    with warnings.catch_warnings():
+        _show_plugin_warnings()
+        try:
+            if verb not in VERBS:
+                raise unknown_name("verb", verb, list(VERBS), see="twilight --help")
+            return VERBS[verb](rest)
+        except _EXPECTED as error:
+            return _report(error, USAGE if isinstance(error, UnknownNameError) else FAILED)
+        except KeyboardInterrupt:
+            return 130
+
+
+def decode(argv: Sequence[str] | None = None) -> int:
+    """Run ``twilight decode`` with those words (``sys.argv`` by default), and return the exit status.
+
+    The words are Hydra overrides and flags; ``--json [PATH]`` is ``task.json=PATH``, standard output without one. They
+    are checked as a whole before anything runs. A sweep's job that fails says so at once and the others go on.
+    """
+    return main(["decode", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _decode(words: list[str]) -> int:
+    from hydra._internal.utils import get_args_parser  # what hydra.main reads its own flags with
+
+    from twilight import config, overrides
+
+    try:
+        words = overrides.expand_budget(_expand_json(words))
+        parser = get_args_parser()
+        parser.prog = "twilight decode"
+        args = parser.parse_args(words)
+        if args.experimental_rerun is not None:
+            raise ValueError("--experimental-rerun: it unpickles a file, which twilight does not do")
+        folders = [os.path.abspath(args.config_dir)] if args.config_dir else []
+        config.setup()
+        if not (args.hydra_help or args.shell_completion or args.config_path):
+            composed = overrides.check(
+                args.overrides, multirun=args.multirun, config_name=args.config_name, folders=folders
+            )
+            _check_outputs(composed)
+    except _EXPECTED as error:
+        return _report(error, USAGE)
+    return _run_hydra(words)
+
+
+def _run_hydra(words: list[str]) -> int:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from twilight import config, resources
+
+    failures: list[BaseException] = []
+
+    def task(cfg: Any) -> Any:
+        from twilight import decoding
+
+        job = HydraConfig.get()
+        if job.mode == RunMode.MULTIRUN:
+            print(f"\njob {job.job.num}: {' '.join(job.overrides.task)}", file=sys.stderr)
+        try:
+            return decoding.run(cfg)
+        except _EXPECTED as error:
+            failures.append(error)
+            _report(error, FAILED)
+        except Exception as error:
+            failures.append(error)
+            traceback.print_exc()
+        return None
+
+    app = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=config.CONFIG_NAME)
+    outer = sys.argv
+    # hydra.main takes the command line from nowhere else.
+    sys.argv = ["twilight decode", *words]
+    try:
+        with config.search_path():
+            app(task)()
+    except ValueError as error:  # flags that do not go together
+        return _report(error, USAGE)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
+    finally:
+        sys.argv = outer
+    return FAILED if failures else 0
+
+
+def _expand_json(words: list[str]) -> list[str]:
+    """Spell ``--json``, ``--json PATH`` and ``--json=PATH`` as an override."""
+    expanded: list[str] = []
+    rest = iter([*words, ""])
+    for word in rest:
+        if word != "--json" and not word.startswith("--json="):
+            expanded.append(word)
+            continue
+        path, after = word.partition("=")[2], ""
+        if not path:
+            after = next(rest)
+            is_path = after == "-" or (after and not after.startswith(("-", "~", "+")) and "=" not in after)
+            path, after = (after, "") if is_path else ("-", after)
+        quoted = path.replace("'", "\\'")
+        expanded += [f"task.json='{quoted}'"] + ([after] if after else [])
+    return [word for word in expanded if word]
+
+
+def _check_outputs(jobs: Sequence[Any]) -> None:
+    """Refuse a sweep whose jobs would write over each other's files."""
+    from omegaconf import OmegaConf
+
+    for key in ("json", "plot"):
+        paths = [job.task.get(key) for job in jobs if not OmegaConf.is_interpolation(job.task, key)]
+        path = paths[0] if paths else None
+        if len(jobs) > 1 and path not in (None, "-") and paths.count(path) > 1:
+            raise ValueError(
+                f"task.{key}: several jobs of the sweep would write {path}\n"
+                f"  give each its own: 'task.{key}=${{hydra:runtime.output_dir}}/{os.path.basename(path)}'"
+            )
+
+
+def _plugins(words: list[str]) -> int:
+    from twilight import listing
+
+    warnings.simplefilter("ignore", PluginWarning)  # the output says it
+    return listing.main(words)
+
+
+def _doctor(words: list[str]) -> int:
+    from twilight import doctor
+
+    parser = argparse.ArgumentParser("twilight doctor", description="Check what twilight needs; say what to run.")
+    parser.add_argument("--json", action="store_true", help="as data")
+    args = parser.parse_args(words)
+    warnings.simplefilter("ignore", PluginWarning)
+    return doctor.main(as_json=args.json)
+
+
+def _calibrate(words: list[str]) -> int:
+    from twilight import calibration
+
+    return calibration.main(words)
+
+
+def _version(words: list[str]) -> int:
+    from twilight import __version__
+
+    print(__version__)
+    return 0
+
+
+def _help(words: list[str]) -> int:
+    print(__doc__, "\n", *(f"\n  {verb:<10} {about}" for verb, about in _ABOUT.items()), "\n", sep="", end="")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "decode": _decode,
+    "plugins": _plugins,
+    "doctor": _doctor,
+    "calibrate": _calibrate,
+    "version": _version,
+    "help": _help,
+}
+
+_ABOUT = {
+    "decode": "decode a long prompt:  twilight decode selector=quest p=0.9  (-m for sweeps; --help for all options)",
+    "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
+    "doctor": "what works here:       twilight doctor [--json]",
+    "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
+    "version": "print the version",
+    "help": "print this",
+}
+
+
+def _report(error: BaseException, status: int) -> int:
+    if os.environ.get("TWILIGHT_DEBUG", "") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    if status == FAILED and not isinstance(error, TwilightError):
+        print("  TWILIGHT_DEBUG=1 shows where it was raised", file=sys.stderr)
+    return status
+
+
+def _show_plugin_warnings() -> None:
+    """Print a plugin's warning as one line of ours, not as a line of source."""
+    others: Any = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, PluginWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
+
+
+if __name__ == "__main__":
+    sys.exit(main())
