@@ -1,11 +1,11 @@
 """Double Sparsity: tokens ranked on a few heavy channels (Yang et al., arXiv 2408.07092; andy-yang-1/DoubleSparse).
 
-Offline, the channels of each head are ordered by how much they contribute to its logits. Online, a label of each key, its
-first r channels in 4 bits, is scored against the same channels of the query, and the best tokens are attended to exactly.
+Offline, the channels of each head are ordered by how much they contribute to its logits. Online, a label of each key,
+its first r channels in 4 bits, is scored against the same channels of the query, and the best tokens are attended to.
 
-The official code gives each query head channels of its own ("q", "qk"), so that under grouped queries a label would have
-to be stored once a query head; here a kv head has one list, ranked over its whole group. Labels are kept for keys only;
-the official evaluation quantises the query's as well.
+The official code gives each query head channels of its own ("q", "qk"), so that under grouped queries a label would
+have to be stored once a query head; here a kv head has one list, ranked over its whole group. Labels are kept for keys
+only; the official evaluation quantises the query's as well.
 """
 
 from __future__ import annotations

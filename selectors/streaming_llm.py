@@ -1,7 +1,7 @@
 """StreamingLLM: attention sinks and a recent window (Xiao et al., arXiv 2309.17453; mit-han-lab/streaming-llm).
 
-Nothing is dropped here and positions stay those of the text: this is the method as a mask, the form in which it composes
-with a pruner. The official code evicts, caches keys without rotation and rotates them by their place in the cache.
+Nothing is dropped here and positions stay those of the text: this is the method as a mask, the form in which it
+composes with a pruner. The official code evicts, caches keys unrotated and rotates them by their place in the cache.
 """
 
 from __future__ import annotations
