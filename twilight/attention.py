@@ -59,6 +59,7 @@ class TwilightAttention:
         """
         check_query(q, layer)
         check_tensor("k", k, (q.shape[0], layer.geometry.num_kv_heads, layer.geometry.head_dim))
+        self.budget.check_capacity(layer.capacity)
         layer.append(k, v)
         return self.attend(q, layer, sm_scale=sm_scale)
 

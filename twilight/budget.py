@@ -53,6 +53,11 @@ class UniformBudget:
             check_positive("budget", self.value)
         check_positive("min_tokens", self.min_tokens)
 
+    def check_capacity(self, capacity: int | None) -> None:
+        """Refuse more tokens than a cache can hold; `capacity` is None for one that grows."""
+        if capacity is not None and isinstance(self.value, int) and self.value > capacity:
+            raise ValueError(f"budget: {self.value} tokens are more than the {capacity} that the cache can hold")
+
     def resolve(self, seq_lens: torch.Tensor, num_kv_heads: int, *, max_seq_len: int) -> Budget:
         """Turn the policy into tokens.
 

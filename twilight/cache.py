@@ -76,6 +76,11 @@ class LayerCache:
         """The longest sequence, known on the host."""
         return self._cache.max_seq_len
 
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that the pool can hold, or None if it grows without bound."""
+        return self._cache.capacity
+
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
         if name not in self._metadata:
@@ -178,6 +183,12 @@ class PagedKVCache:
         """The longest sequence, known on the host."""
         return max(self.table.lengths)
 
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that the pool can hold, or None if it grows without bound."""
+        pages = self._max_pages if self._growable else self.table.num_pages
+        return None if pages is None else pages * self.geometry.page_size
+
     def fork(self, source: int, target: int) -> None:
         """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
         self.table.fork(source, target)
@@ -273,9 +284,8 @@ class PagedKVCache:
                 filled.append(min(size, length - logical * size))
         device = self.geometry.device
         slots = torch.arange(size, device=device)
-        return torch.tensor(pages, dtype=torch.long, device=device), slots < torch.tensor(filled, device=device)[
-            :, None
-        ]
+        valid = slots < torch.tensor(filled, device=device).unsqueeze(-1)
+        return torch.tensor(pages, dtype=torch.long, device=device), valid
 
     def _upload(self) -> None:
         width = max(1, max(map(len, self.table.rows)))
