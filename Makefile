@@ -42,6 +42,9 @@ compat: $(COMPAT:%=compat-%)  ## the integration's tests on the releases in COMP
 compat-%: .compat/%/.installed
 	.compat/$*/bin/python -m pytest --quiet $(COMPAT_TESTS)
 
+# Kept: make would remove it as an intermediate file.
+.PRECIOUS: .compat/%/.installed
+
 # A venv that sees .venv behind its own packages: pip then adds transformers and what that release wants in other
 # versions, and leaves torch where it is. addsitedir, unlike a plain path, also follows the editable install.
 .compat/%/.installed: $(STAMP)
