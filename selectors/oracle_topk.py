@@ -28,7 +28,9 @@ class OracleTopK(Selector):
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
-        logits = ops.exact_logits(q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len)
+        logits = ops.exact_logits(
+            q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len, sm_scale=g.sm_scale
+        )
         scores = combine_group(logits, g.num_kv_heads, self.reduce)
         return Selection.top(scores, budget.tokens, capacity=budget.capacity, granularity=1)
 

@@ -32,7 +32,9 @@ class OracleTopP(Selector):
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
-        logits = ops.exact_logits(q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len)
+        logits = ops.exact_logits(
+            q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len, sm_scale=g.sm_scale
+        )
         keep = top_p_mask(logits, self.mass).unflatten(1, (g.num_kv_heads, -1)).any(2)
         tokens = torch.arange(keep.shape[-1], device=q.device)
         return Selection.compact(tokens.expand_as(keep), keep, granularity=1)

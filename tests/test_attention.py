@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from twilight import (
     ops,
 )
 from twilight_selectors.full import Full
+from twilight_selectors.oracle_topp import OracleTopP
 from twilight_selectors.quest import Quest
 from twilight_selectors.streaming_llm import StreamingLLM
 
@@ -238,13 +240,14 @@ def test_log_weight_of_a_selector_reaches_the_softmax() -> None:
             assert float(lse[0, head]) == pytest.approx(want_lse, abs=1e-5)
 
 
-def test_sm_scale_reaches_estimate_and_attention() -> None:
+@pytest.mark.parametrize("selector", [Full(), OracleTopP(0.5)])
+def test_the_scale_of_the_logits_reaches_every_stage(selector) -> None:
     # A scale of 0 makes every weight equal: all are tied, all are kept, and their exponentials are 1.
-    attention = TwilightAttention(Full(), TopP(0.5), collect_stats=True)
-    cache, _, _ = fill(GEOMETRY, [39], attention.selector)
+    attention = TwilightAttention(selector, TopP(0.5), collect_stats=True)
+    cache, _, _ = fill(replace(GEOMETRY, scaling=0.0), [39], attention.selector)
     q = torch.randn(1, 6, 16)
     v = torch.ones(1, 2, 16)
-    _, lse = attention.decode(q, v, v, cache.layers[0], sm_scale=0.0)
+    _, lse = attention.decode(q, v, v, cache.layers[0])
     assert attention.stats.records[0].b1_query.tolist() == [[40] * 6]
     assert lse.flatten().tolist() == pytest.approx([math.log(40)] * 6)
 
@@ -291,8 +294,9 @@ def test_out_of_pages_leaves_the_cache_as_it_was() -> None:
 
 
 def test_a_cache_without_the_selectors_metadata_is_named() -> None:
+    cache, _, _ = fill(GEOMETRY, [9], Full())
     with pytest.raises(ValueError, match=r"no 'max' \(there is: none\).*selector=..."):
-        _step(TwilightAttention(Quest()), selector=Full())
+        cache.layers[0].metadata("max")
 
 
 @pytest.mark.parametrize(
@@ -315,3 +319,12 @@ def test_refuses_bad_parameters(arguments: dict, error: type[Exception], message
 def test_pruner_refuses_a_mass_outside_its_range(p: float) -> None:
     with pytest.raises(ValueError, match=r"p: expected a float in \(0, 1\]"):
         TopP(p)
+
+
+def test_a_cache_made_for_another_selector_is_refused_before_anything_is_written() -> None:
+    cache, _, _ = fill(GEOMETRY, [5], Quest())
+    q, k = torch.zeros(1, 6, 16), torch.zeros(1, 2, 16)
+    for selector in (Quest(reduce="max"), Full()):
+        with pytest.raises(ValueError, match=r"its cache was made for Quest\(reduce='softmax'\)"):
+            TwilightAttention(selector).decode(q, k, k, cache.layers[0])
+    assert cache.table.lengths == [5]

@@ -307,6 +307,48 @@ def test_layers_of_a_step_append_the_same_in_any_order() -> None:
     assert cache.seq_lens.tolist() == [4, 2]
 
 
+def test_aborting_a_step_forgets_it_in_the_layers_that_had_it() -> None:
+    cache = _cache(2, 8)
+    tokens = [_tokens(0, 5), _tokens(10, 2)]
+    append(cache, tokens)
+    cache.abort()  # nothing is under way
+    k = torch.randn(2, 3, HEADS, DIM)
+    cache.layers[0].append(100 * k, k, [3, 0])
+    for change in (
+        lambda: cache.free(0),
+        lambda: cache.fork(0, 1),
+        lambda: cache.truncate(0, 1),
+        lambda: cache.select_rows([0]),
+    ):
+        with pytest.raises(ValueError, match=r"rows change before layers \[8\] had their turn in this step; abort\(\)"):
+            change()
+    cache.abort()
+    for row, known in enumerate(tokens):
+        check_row(cache, row, known)
+    more = _tokens(30, 1)
+    append(cache, [more, []])
+    check_row(cache, 0, tokens[0] + more)
+
+
+def test_a_summary_that_fails_leaves_the_cache_as_it_was() -> None:
+    class Fails(Summaries):
+        def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
+            if layer == 8 and valid.any() and keys.max() > 50:
+                raise RuntimeError("plugin")
+            return super().summarize(keys, valid, layer)
+
+    cache = PagedKVCache(GEOMETRY, num_rows=1, num_pages=8, selector=Fails())
+    tokens = _tokens(0, 5)
+    append(cache, [tokens])
+    k = torch.full((1, 3, HEADS, DIM), 100.0)
+    cache.layers[0].append(k, k)
+    with pytest.raises(RuntimeError, match="plugin"):
+        cache.layers[1].append(k, k)
+    check_row(cache, 0, tokens)
+    append(cache, [_tokens(30, 1)])
+    check_row(cache, 0, tokens + _tokens(30, 1))
+
+
 def test_a_reused_page_shows_nothing_of_its_last_owner() -> None:
     cache = _cache(1, 1)
     poison = _tokens(0, 4)

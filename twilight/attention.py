@@ -44,38 +44,37 @@ class TwilightAttention:
         self.stats = Stats(enabled=collect_stats)
 
     def decode(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, *, sm_scale: float | None = None
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append one token a sequence and attend to what matters of the past.
 
         Args:
             q: `[b, Hq, d]`, rotated.
             k, v: `[b, Hkv, d]` of the same tokens, keys rotated.
-            layer: the layer's cache.
-            sm_scale: the factor of the logits, 1/sqrt(d) by default.
+            layer: the layer's cache, made for this selector.
 
         Returns:
             `(out, lse)`: `[b, Hq, d]` in the type of q, and `[b, Hq]` float32.
         """
         check_query(q, layer)
+        self._check_selector(layer)
         check_tensor("k", k, (q.shape[0], layer.geometry.num_kv_heads, layer.geometry.head_dim))
         self.budget.check_capacity(layer.capacity)
         layer.append(k, v)
-        return self.attend(q, layer, sm_scale=sm_scale)
+        return self.attend(q, layer)
 
     def is_dense(self, layer: LayerCache) -> bool:
         """Return whether this step would run densely, because no sequence is longer than `min_context`."""
         return layer.max_seq_len <= self.min_context
 
-    def attend(
-        self, q: torch.Tensor, layer: LayerCache, *, sm_scale: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, q: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the rest of `decode` for tokens that have been appended already."""
         geometry, table, lens, longest = layer.geometry, layer.page_table, layer.seq_lens, layer.max_seq_len
+        scale = geometry.sm_scale
         pages = (layer.k_pages, layer.v_pages, table, lens)
         if self.is_dense(layer):
             self.stats.dense(layer)
-            out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=sm_scale)
+            out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=scale)
             return out.squeeze(1), lse.squeeze(1)
 
         budget = self.budget.resolve(lens, geometry.num_kv_heads, max_seq_len=longest)
@@ -83,11 +82,19 @@ class TwilightAttention:
         logits = None
         if self.pruner.needs_logits:
             logits = ops.estimate_scores(
-                q, layer.shadow, table, lens, candidates, page_size=geometry.page_size, sm_scale=sm_scale
+                q, layer.shadow, table, lens, candidates, page_size=geometry.page_size, sm_scale=scale
             )
         kept = self.pruner(logits, candidates, lens)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
-        return ops.sparse_attention(q, *pages, kept.selection, sm_scale=sm_scale)
+        return ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+
+    def _check_selector(self, layer: LayerCache) -> None:
+        """Refuse a cache whose metadata is another selector's, or the same selector's with other parameters."""
+        if layer.selector is not self.selector and (layer.specs or self.selector.metadata(layer.geometry)):
+            raise ValueError(
+                f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
+                "  make it with PagedKVCache(..., selector=attention.selector)"
+            )
 
 
 def check_query(q: torch.Tensor, layer: LayerCache) -> None:

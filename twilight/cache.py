@@ -62,6 +62,16 @@ class LayerCache:
         return self._cache.geometry
 
     @property
+    def selector(self) -> Selector:
+        """The selector whose metadata the cache keeps."""
+        return self._cache.selector
+
+    @property
+    def specs(self) -> tuple[MetadataSpec, ...]:
+        """What that metadata is."""
+        return self._cache.specs
+
+    @property
     def page_table(self) -> torch.Tensor:
         """`[b, max_pages]` int32: the page of each logical page; padded with page 0, which belongs to nobody."""
         return self._cache.page_table
@@ -115,8 +125,16 @@ class LayerCache:
         if max(counts, default=0) > k.shape[1]:
             raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
+        try:
+            self._write(k, v, counts)
+        except BaseException:
+            # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
+            self._cache.abort()
+            raise
         self._step = self._cache._step
-        added = torch.tensor(counts, dtype=torch.int32, device=geometry.device)
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
+        added = torch.tensor(counts, dtype=torch.int32, device=self.geometry.device)
         ops.append(k, v, self.k_pages, self.v_pages, self.shadow, self.page_table, self.seq_lens, added)
         self._summarize(*self._cache._touched)
 
@@ -189,18 +207,33 @@ class PagedKVCache:
         pages = self._max_pages if self._growable else self.table.num_pages
         return None if pages is None else pages * self.geometry.page_size
 
+    def abort(self) -> None:
+        """Forget a step that not all layers have appended to, as after an error between two layers."""
+        if self._unfinished():
+            done = [layer for layer in self.layers if layer._step == self._step]
+            for row, new in enumerate(self._pending):
+                self.table.truncate(row, self.table.lengths[row] - new)
+                if new:
+                    self._summarize_last_page(row, done)
+            for layer in self.layers:
+                layer._step = self._step
+            self._upload()
+
     def fork(self, source: int, target: int) -> None:
         """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
+        self._check_between_steps()
         self.table.fork(source, target)
         self._upload()
 
     def free(self, row: int) -> None:
         """Forget a row."""
+        self._check_between_steps()
         self.table.free(row)
         self._upload()
 
     def truncate(self, row: int, length: int) -> None:
         """Forget a row's tokens from position `length` on, as after a rejected speculation."""
+        self._check_between_steps()
         shrinks = length < self.table.lengths[row] if 0 <= row < self.num_rows else False
         try:
             extension = self.table.truncate(row, length)
@@ -211,17 +244,14 @@ class PagedKVCache:
             extension = self.table.truncate(row, length)
         self._copy_pages(extension)
         self._upload()
-        size = self.geometry.page_size
-        if shrinks and length % size:
-            page = torch.tensor([self.table.rows[row][-1]], device=self.geometry.device)
-            valid = (torch.arange(size, device=self.geometry.device) < length % size)[None]
-            for layer in self.layers:
-                layer._summarize(page, valid)
+        if shrinks:
+            self._summarize_last_page(row, self.layers)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row i what row `rows[i]` was: beam reorder, repeat, drop. The number of rows may change."""
         if not len(rows):
             raise ValueError("rows: expected at least one row")
+        self._check_between_steps()
         self.table.select([int(row) for row in rows])
         self._upload()
 
@@ -242,9 +272,7 @@ class PagedKVCache:
                     f"new_tokens: layer {layer.index} appends {counts} in a step that began with {self._pending}"
                 )
             return
-        behind = [other.index for other in self.layers if other._step < self._step]
-        if behind:
-            raise ValueError(f"layer {layer.index} appends again before layers {behind} had their turn")
+        self._check_between_steps(f"layer {layer.index} appends again")
         if self._growable:
             self._grow(self.table.pages_needed(counts) - self.table.num_free)
         self._copy_pages(self.table.extend(counts))
@@ -252,6 +280,24 @@ class PagedKVCache:
         self._pending = counts
         self._upload()
         self._touched = self._pages_of_last(counts)
+
+    def _summarize_last_page(self, row: int, layers: Sequence[LayerCache]) -> None:
+        """Make the metadata of a shortened row's last page speak of what is left in it."""
+        size, device = self.geometry.page_size, self.geometry.device
+        left = self.table.lengths[row] % size
+        if left:
+            page = torch.tensor([self.table.rows[row][-1]], device=device)
+            for layer in layers:
+                layer._summarize(page, (torch.arange(size, device=device) < left)[None])
+
+    def _unfinished(self) -> list[int]:
+        """Return the layers that have not appended in the step that others began."""
+        return [layer.index for layer in self.layers if layer._step < self._step]
+
+    def _check_between_steps(self, what: str = "rows change") -> None:
+        behind = self._unfinished()
+        if behind:
+            raise ValueError(f"{what} before layers {behind} had their turn in this step; abort() forgets the step")
 
     def _grow(self, missing: int) -> None:
         if missing <= 0:

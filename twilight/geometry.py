@@ -21,6 +21,7 @@ class Geometry:
         page_size: tokens of a page, P.
         dtype: type of K and V.
         device: where K and V live.
+        scaling: the factor of the logits; 1/sqrt(d) by default.
         layer_ids: the model's number of each layer, for selectors that are calibrated by layer; 0, 1, ... by default.
     """
 
@@ -31,6 +32,7 @@ class Geometry:
     page_size: int = 16
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = torch.device("cpu")
+    scaling: float | None = None
     layer_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -59,5 +61,5 @@ class Geometry:
 
     @property
     def sm_scale(self) -> float:
-        """The factor 1/sqrt(d) of the logits."""
-        return self.head_dim**-0.5
+        """The factor of the logits."""
+        return self.head_dim**-0.5 if self.scaling is None else self.scaling

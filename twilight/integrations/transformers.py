@@ -130,7 +130,7 @@ class Handle:
         counts = cache.append(layer, key, value, mask)
         pages = cache.page_cache(layer)
         if steps == 1 and not self.attention.is_dense(pages):
-            out, _ = self.attention.attend(query[:, :, 0], pages, sm_scale=scaling)
+            out, _ = self.attention.attend(query[:, :, 0], pages)
             return out.unsqueeze(1), None
         if steps > 1 and layer.columns == steps:
             # The first chunk of a prompt: everything there is to attend to has just been handed over.
@@ -254,6 +254,7 @@ def attach(
         page_size=page_size,
         dtype=model.dtype,
         device=model.device,
+        scaling=modules[0].scaling,
         layer_ids=sparse or (0,),
     )
     if not sparse:
@@ -318,7 +319,7 @@ def _text_config(model: PreTrainedModel) -> Any:
 
 def _attention_modules(model: torch.nn.Module) -> list[Any]:
     """Return the attention modules in order of layer."""
-    needed = ("layer_idx", "head_dim", "num_key_value_groups")
+    needed = ("layer_idx", "head_dim", "num_key_value_groups", "scaling")
     found = [module for module in model.modules() if all(hasattr(module, name) for name in needed)]
     return sorted(found, key=lambda module: module.layer_idx)
 
@@ -337,6 +338,8 @@ def _classify_layers(model: PreTrainedModel, dense_layers: int) -> dict[int, str
         reasons.append("its attention layers do not use transformers' attention interface")
     if [module.layer_idx for module in modules] != list(range(getattr(config, "num_hidden_layers", -1))):
         reasons.append("not every one of its layers is an attention layer that Twilight knows")
+    if len({(module.head_dim, module.scaling) for module in modules}) > 1:
+        reasons.append("its layers differ in head_dim or scaling")
     if any(hasattr(module, "sinks") for module in modules):
         reasons.append("it has attention sinks that are parameters")
     if getattr(config, "attn_logit_softcapping", None):

@@ -7,7 +7,8 @@ For one token's key of one kv head, with `min` and `max` over its d channels:
     code  = clamp(round((k - zero) / scale), 0, 15)      so that      k ~ scale * code + zero
 
 Codes come from the *rounded* scale and zero, those that will be used to read them. 2**-14 is the smallest normal half:
-a constant key would otherwise divide by zero, and a subnormal scale loses the bits that make it useful.
+a constant key would otherwise divide by zero, and a subnormal scale loses the bits that make it useful. Keys beyond the
+range of a half, 65504, have no finite zero or scale and read back as NaN.
 
 Layout of one (page, kv head), P*d/2 + 4*P contiguous bytes, 1088 at P=16 and d=128:
 
