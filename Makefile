@@ -56,7 +56,7 @@ compat-%: .compat/%/.installed
 	@touch $@
 
 demo: $(STAMP)  ## decode a long prompt with the small model, and show what that saved
-	$(BIN)/python examples/decode.py selector=quest p=0.95
+	$(BIN)/python examples/decode.py selector=quest p=0.95 task.plot=outputs/budget.png
 
 doctor: $(STAMP)  ## check what works on this machine
 	$(BIN)/twilight doctor

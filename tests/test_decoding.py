@@ -90,6 +90,24 @@ def test_min_context_decodes_densely_and_says_so():
     assert result["kv_bytes"]["all_layers"] == result["kv_bytes"]["all_layers_dense"]
 
 
+def test_text_that_looks_like_markup_is_shown_as_it_is(capsys):
+    Path("prompt.py").write_text("table[red][i] = [/b] d['k']\n" * 20 + "[bold]")
+    run("task.prompt=prompt.py", "task.max_new_tokens=2", "task.compare_dense=false")
+    assert "]" in capsys.readouterr().out.split("asked")[1]
+
+
+def test_what_cannot_be_written_is_refused_before_the_run(monkeypatch, capfd):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    Path("folder").mkdir()
+    for word, message in (
+        ("task.plot=x.png", "pip install 'twilight-attn[plots]'"),
+        ("task.json=folder", "cannot write"),
+    ):
+        monkeypatch.setattr("twilight.decoding.load_model", lambda **_: pytest.fail("the run began"))
+        assert decode([word]) != 0
+        assert message in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -108,6 +126,7 @@ def test_min_context_decodes_densely_and_says_so():
         (["model=hf"], "model.path: model=hf needs a local folder or hub name"),
         (["model=hf", "model.path=empty_folder"], "model.path: cannot load 'empty_folder'"),
         (["model.dtype=int8"], "model.dtype: expected auto"),
+        (["model.device=foo"], "model.device: expected auto, cpu or cuda, got 'foo'"),
         (["model.dense_layers=7"], "no layer is left to be sparse"),
         (["selector=double_sparsity", "selector.calibration=gone.json"], "no file 'gone.json'"),
         (["selector=double_sparsity", "selector.channels=65"], "channels: "),

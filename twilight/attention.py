@@ -19,7 +19,7 @@ class TwilightAttention:
     Args:
         selector: proposes candidates.
         pruner: cuts them down; top-p at 0.95 by default.
-        budget: how many candidates: tokens (int), a fraction of the length (float), or a policy.
+        budget: how many candidates: tokens (int), a fraction of the length (float), or a `UniformBudget`.
         min_context: sequences up to this many tokens are attended densely when no longer one is in the batch.
         collect_stats: record budgets and mass at every step.
     """
@@ -35,6 +35,8 @@ class TwilightAttention:
     ) -> None:
         if not isinstance(selector, Selector):
             raise TypeError(f"selector: expected a twilight.Selector, got {type(selector).__name__}")
+        if pruner is not None and not (callable(pruner) and hasattr(pruner, "needs_logits")):
+            raise TypeError(f"pruner: expected a pruner such as TopP(0.95), got {type(pruner).__name__}")
         if isinstance(min_context, bool) or not isinstance(min_context, int) or min_context < 0:
             raise ValueError(f"min_context: expected an int of at least 0, got {min_context!r}")
         self.selector = selector

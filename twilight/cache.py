@@ -209,7 +209,7 @@ class PagedKVCache:
 
     def abort(self) -> None:
         """Forget a step that not all layers have appended to, as after an error between two layers."""
-        if self._unfinished():
+        if self.unfinished():
             done = [layer for layer in self.layers if layer._step == self._step]
             for row, new in enumerate(self._pending):
                 self.table.truncate(row, self.table.lengths[row] - new)
@@ -290,12 +290,12 @@ class PagedKVCache:
             for layer in layers:
                 layer._summarize(page, (torch.arange(size, device=device) < left)[None])
 
-    def _unfinished(self) -> list[int]:
+    def unfinished(self) -> list[int]:
         """Return the layers that have not appended in the step that others began."""
         return [layer.index for layer in self.layers if layer._step < self._step]
 
     def _check_between_steps(self, what: str = "rows change") -> None:
-        behind = self._unfinished()
+        behind = self.unfinished()
         if behind:
             raise ValueError(f"{what} before layers {behind} had their turn in this step; abort() forgets the step")
 

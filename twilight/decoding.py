@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from twilight.config import build_budget, build_pruner, build_selector
 from twilight.loading import LoadedModel, load_model
 from twilight.prompts import Prompt, prompt_from_file, prompt_with_facts
-from twilight.report import print_decode, save_budget_plot, save_json, versions
+from twilight.report import check_outputs, print_decode, save_budget_plot, save_json, versions
 
 _DENSE_RUNS: dict[tuple[Any, ...], dict[str, Any]] = {}
 """Dense results of this process: a sweep decodes the same prompt densely once."""
@@ -35,6 +35,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     task = cfg.task
     console = Console(stderr=task.json == "-")
     selector, pruner, budget = build_selector(cfg), build_pruner(cfg), build_budget(cfg)
+    check_outputs(task.json, task.plot)
     options = OmegaConf.to_container(cfg.model, resolve=True)
     assert isinstance(options, dict)
     dense_layers = options.pop("dense_layers")
@@ -70,12 +71,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
                 _DENSE_RUNS[key] = _decode(loaded, prompt, DynamicCache(), _bar(progress, "dense", prompt))
         dense = _DENSE_RUNS[key]
     result = _result(cfg, loaded, prompt, sparse, dense, stats.summary(), memory, layers)
+    if task.json:
+        save_json(task.json, result)
     print_decode(console, result)
     if task.plot:
         save_budget_plot(task.plot, stats, layers, title=_title(result))
-        console.print(f"budget per layer and head: {task.plot}")
-    if task.json:
-        save_json(task.json, result)
+        console.print(f"budget per layer and head: {task.plot}", markup=False)
     return result
 
 

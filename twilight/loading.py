@@ -62,7 +62,10 @@ def load_model(
         raise ValueError(f"model.path: model={name} needs a local folder or hub name, as in model.path=Qwen/Qwen3-0.6B")
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"model.dtype: expected auto, {', '.join(_DTYPES)}, got '{dtype}'")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"model.device: expected auto, cpu or cuda, got '{device}'") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("model.device: torch sees no GPU here (twilight doctor)")
     if dtype == "auto":

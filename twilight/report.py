@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import platform
 import sys
 from importlib import metadata
@@ -11,6 +13,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twilight.errors import missing_extra
@@ -34,8 +37,24 @@ def save_json(path: str, result: dict[str, Any]) -> None:
     if path == "-":
         sys.stdout.write(text + "\n")
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def check_outputs(json_path: str | None, plot_path: str | None) -> None:
+    """Refuse what could not be written at the end of a run, before it begins. Folders are made.
+
+    Raises:
+        MissingExtraError: a picture without matplotlib.
+        OSError: a folder that cannot be made or written to.
+    """
+    if plot_path and importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", "plots", "task.plot")
+    for path in (json_path, plot_path):
+        if path and path != "-":
+            folder = Path(path).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK) or Path(path).is_dir():
+                raise PermissionError(f"cannot write '{path}'")
 
 
 def print_decode(console: Console, result: dict[str, Any]) -> None:
@@ -47,15 +66,16 @@ def print_decode(console: Console, result: dict[str, Any]) -> None:
 
 def _outputs(result: dict[str, Any]) -> Table:
     dense, sparse = result["dense"], result["twilight"]
-    title = f"{result['prompt']}, {result['context_tokens']} tokens"
+    title = escape(f"{result['prompt']}, {result['context_tokens']} tokens")
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     columns = ["asked"] + (["expected"] if result["expected"] else [])
     for name in [*columns, "twilight"] + (["dense"] if dense else []):
         table.add_column(name, overflow="fold")
     for index, question in enumerate(result["questions"]):
-        row = [question.strip() or repr(question)]
+        # Prompts are source text: what looks like markup in them is not.
+        row = [escape(question.strip() or repr(question))]
         if result["expected"]:
-            row.append(result["expected"][index])
+            row.append(escape(result["expected"][index]))
         row += [_shown(side["texts"][index], result, index) for side in (sparse, dense) if side]
         table.add_row(*row)
     return table
@@ -63,9 +83,9 @@ def _outputs(result: dict[str, Any]) -> Table:
 
 def _shown(text: str, result: dict[str, Any], index: int) -> str:
     if not result["expected"]:
-        return text
+        return escape(text)
     right = text.startswith(result["expected"][index])
-    return f"[green]{text.strip()}[/]" if right else f"[red]{text.strip()} ✗[/]"
+    return f"[green]{escape(text.strip())}[/]" if right else f"[red]{escape(text.strip())} ✗[/]"
 
 
 def _budgets(result: dict[str, Any]) -> Table:
@@ -145,10 +165,8 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
         layers: what each layer is; dense ones are drawn as such.
         title: what the run was.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise missing_extra("matplotlib", "plots", "task.plot") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     import numpy as np
@@ -175,6 +193,5 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
     axes.set_ylabel("layer")
     axes.set_title(f"Tokens kept by top-p\n{title}", fontsize=10)
     figure.colorbar(image, ax=axes, label=f"mean tokens kept a step (of {longest:.0f})")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -282,6 +284,7 @@ def test_custom_masks_copies_and_batches_of_another_size_are_refused():
         ({"page_size": 0}, ValueError, "page_size: expected at least 1, got 0"),
         ({"min_context": -1}, ValueError, "min_context"),
         ({"selector": 3}, TypeError, "selector: expected a twilight.Selector, got int"),
+        ({"pruner": "top_p"}, TypeError, "pruner: expected a pruner such as TopP"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_the_model_alone(arguments, error, message):
@@ -313,6 +316,75 @@ def test_unsupported_architectures_are_refused_with_the_reason(config, reason):
     auto = transformers.AutoModelForSeq2SeqLM if config == "T5Config" else AutoModelForCausalLM
     with pytest.raises(UnsupportedModelError, match=reason):
         twilight.attach(auto.from_config(made), Everything())
+
+
+def test_a_cache_of_a_detached_handle_is_refused():
+    model = make("llama")
+    ids, _ = prompt(rows=1)
+    handle = twilight.attach(model, Everything(), p=1.0)
+    before, used = handle.cache(), handle.cache()
+    with torch.inference_mode():
+        model(ids, past_key_values=used)
+    handle.detach()
+    for cache in (before, used):
+        with pytest.raises(UnsupportedModelError, match="the handle that made this cache is detached"):
+            model.generate(ids, past_key_values=cache, **GREEDY)
+    with (
+        twilight.attach(model, Everything()),
+        pytest.raises(UnsupportedModelError, match="the handle that made this cache is detached"),
+    ):
+        model(ids[:, :1], past_key_values=used)
+
+
+def test_a_cache_that_another_attention_uses_is_refused():
+    model = make("llama")
+    ids, _ = prompt(rows=1)
+    handle = twilight.attach(model, Everything(), p=1.0)
+    cache = handle.cache()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModelError, match="or the model does not attend with it"):
+        model.generate(ids, past_key_values=cache, **GREEDY)
+
+
+def test_a_cache_whose_step_was_refused_is_not_used_again():
+    model = make("llama")
+    ids, _ = prompt(rows=1)
+    with torch.inference_mode(), twilight.attach(model, Everything(), p=1.0) as handle:
+        cache = handle.cache()
+        model(ids, past_key_values=cache)
+        custom = torch.ones(1, 1, 1, 51, dtype=torch.bool)
+        with pytest.raises(UnsupportedModelError, match="custom one"):
+            model(ids[:, :1], attention_mask=custom, past_key_values=cache)
+        with pytest.raises(ValueError, match="an earlier step with this cache failed halfway"):
+            model(ids[:, :1], past_key_values=cache)
+
+
+@pytest.mark.parametrize("multiplier", [0.02, 2.0])
+def test_a_model_with_a_scale_of_its_own_keeps_its_mass_and_its_logits(multiplier):
+    torch.manual_seed(0)
+    config = transformers.GraniteConfig(**SMALL, num_key_value_heads=2, attention_multiplier=multiplier)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids, _ = prompt(rows=1)
+    with torch.inference_mode():
+        cache = DynamicCache()
+        model(ids, past_key_values=cache)
+        expected = model(ids[:, :1], past_key_values=cache).logits
+        with twilight.attach(model, Everything(), p=1.0) as handle:
+            assert handle.cache()._geometry.sm_scale == multiplier
+            cache = handle.cache()
+            model(ids, past_key_values=cache)
+            got = model(ids[:, :1], past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_is_let_go_is_freed():
+    model = make("llama")
+    handle = twilight.attach(model, Everything())
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    handle.detach()
 
 
 def test_what_is_not_a_model_is_refused():

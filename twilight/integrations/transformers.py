@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -48,10 +48,11 @@ class Handle:
     ) -> None:
         self.attention = attention
         self.layers = layers
-        self._model = model
+        self._model = weakref.ref(model)  # _ATTACHED is weak in the model's modules, and holds this handle
         self._geometry = geometry
         self._config = _text_config(model)
         self._before = model.config._attn_implementation
+        self._detached = False
         self._coming: dict[int, tuple[TwilightLayer, torch.Tensor]] = {}
         self._mask: tuple[torch.Tensor | None, tuple[int, int], torch.Tensor | None] = (None, (0, 0), None)
 
@@ -73,10 +74,14 @@ class Handle:
 
     def detach(self) -> None:
         """Give the model back the attention it had. Caches made before are of no more use."""
-        for module in _attention_modules(self._model):
-            _ATTACHED.pop(module, None)
-        if self._model.config._attn_implementation == NAME:
-            self._model.set_attn_implementation(self._before)
+        model, self._detached = self._model(), True
+        if model is None:
+            return
+        for module in _attention_modules(model):
+            if _ATTACHED.get(module) is self:
+                del _ATTACHED[module]
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation(self._before)
 
     def __enter__(self) -> Handle:
         return self
@@ -87,6 +92,12 @@ class Handle:
         self.detach()
 
     def _announce(self, layer: TwilightLayer, key: torch.Tensor) -> None:
+        # What was announced last time and never collected: another attention, or another model, uses the cache.
+        if self._detached or self._coming.get(layer.index, (None,))[0] is layer:
+            raise UnsupportedModelError(
+                "past_key_values: the handle that made this cache is detached, or the model does not attend with it\n"
+                "  pass a fresh one of the handle that is attached: past_key_values=handle.cache()"
+            )
         self._coming[layer.index] = (layer, key)
 
     def _attend(
@@ -208,8 +219,8 @@ def attach(
         model: a causal language model that uses transformers' attention interface.
         selector: name of a registered selector, or one you made.
         p: attention mass to keep, in (0, 1].
-        budget: candidates a kv head: tokens (int), a fraction of the length (float), or a policy.
-        pruner: instead of top-p at `p`.
+        budget: candidates a kv head: tokens (int), a fraction of the length (float), or a `UniformBudget`.
+        pruner: instead of top-p at `p`, which is then not looked at.
         selector_options: options of the selector, if it is given by name.
         dense_layers: the first layers stay dense; two in the paper (section 5.1).
         min_context: contexts up to this many tokens are attended to densely.
@@ -233,9 +244,9 @@ def attach(
         selector = create_selector(selector, **dict(selector_options or {}))
     elif selector_options:
         raise ValueError("selector_options: given together with a selector that is made already")
-    if getattr(selector, "calibration", "") is None:
+    if is_dataclass(selector) and getattr(selector, "calibration", "") is None:
         found = default_calibration(getattr(config, "_name_or_path", None) or model.config._name_or_path, selector.name)
-        selector = replace(selector, calibration=found)  # type: ignore[type-var]
+        selector = replace(selector, calibration=found)
     attention = TwilightAttention(
         selector, pruner if pruner is not None else TopP(p), budget, min_context=min_context, collect_stats=stats
     )
@@ -340,6 +351,9 @@ def _classify_layers(model: PreTrainedModel, dense_layers: int) -> dict[int, str
         reasons.append("not every one of its layers is an attention layer that Twilight knows")
     if len({(module.head_dim, module.scaling) for module in modules}) > 1:
         reasons.append("its layers differ in head_dim or scaling")
+    devices = {parameter.device for module in modules for parameter in module.parameters()}
+    if len(devices) > 1:
+        reasons.append(f"its layers lie on several devices ({', '.join(sorted(map(str, devices)))})")
     if any(hasattr(module, "sinks") for module in modules):
         reasons.append("it has attention sinks that are parameters")
     if getattr(config, "attn_logit_softcapping", None):

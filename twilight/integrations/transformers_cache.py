@@ -43,8 +43,8 @@ class TwilightLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states)
-        self.columns += key_states.shape[-2]
         self.owner.announce(self, key_states)
+        self.columns += key_states.shape[-2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
@@ -128,7 +128,7 @@ class TwilightCache(Cache):
             How many tokens of each sequence are real. Their queries, likewise, come first after `compact`.
         """
         if layer.index == self._first:
-            self._begin(k, mask)
+            self._begin(layer, k, mask)
         self.page_cache(layer).append(
             self.compact(k).transpose(1, 2), self.compact(v).transpose(1, 2), new_tokens=self._counts
         )
@@ -187,9 +187,14 @@ class TwilightCache(Cache):
             self.paged = None
             self.real = torch.empty(0, 0, dtype=torch.bool)
 
-    def _begin(self, k: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _begin(self, layer: TwilightLayer, k: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Look at a step's padding, once for all layers: this is where it reaches the host."""
         rows, new = k.shape[0], k.shape[2]
+        if self.paged is not None and (self.real.shape[1] + new != layer.columns or self.paged.unfinished()):
+            raise ValueError(
+                "past_key_values: an earlier step with this cache failed halfway; its layers hold different tokens\n"
+                "  start again with a fresh one: past_key_values=handle.cache()"
+            )
         real = torch.ones(rows, new, dtype=torch.bool) if mask is None else mask[:, -new:].cpu()
         self._counts = real.sum(1).tolist()
         ragged = min(self._counts) < new
