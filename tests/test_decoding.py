@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def test_text_that_looks_like_markup_is_shown_as_it_is(capsys):
 
 
 def test_what_cannot_be_written_is_refused_before_the_run(monkeypatch, capfd):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     Path("folder").mkdir()
     for word, message in (
         ("task.plot=x.png", "pip install 'twilight-attn[plots]'"),
