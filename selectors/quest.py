@@ -4,7 +4,9 @@ Each page keeps the channel-wise maximum M and minimum m of its keys. For a quer
 
     U(page) = sum_c max(q_c * M_c, q_c * m_c)  >=  q . k   for every key k of the page     (section 3.4, algorithm 1)
 
-As max(q*M, q*m) = relu(q)*M + min(q, 0)*m, U is a plain dot product of length 2d.
+As max(q*M, q*m) = relu(q)*M + min(q, 0)*m, U is a plain dot product of length 2d. M and m are kept in 8 bits by
+default, M rounded up and m rounded down, so that U stays an upper bound: half the bytes, which are the largest part of
+a step.
 
 The newest page is always proposed and counts towards the budget, as in the official CUDA path; the official evaluation
 path lets it compete. The official code selects for each query head; here a kv head's query heads are combined, because
@@ -18,7 +20,8 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, combine_group
+from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
+from twilight.ops.page_scores import bounds_bytes
 
 
 @dataclass
@@ -27,55 +30,45 @@ class Quest(Selector):
 
     Attributes:
         reduce: how the query heads of a group are combined: "softmax", "sum" or "max"; see `combine_group`.
+        metadata_type: how M and m are kept: "int8", or "native" for the type of the cache.
     """
 
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
 
     reduce: str = "softmax"
+    metadata_type: str = "int8"
 
     def __post_init__(self) -> None:
         check_reduce(self.reduce)
+        if self.metadata_type not in ("int8", "native"):
+            raise ValueError(f"metadata_type: expected 'int8' or 'native', got {self.metadata_type!r}")
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
+        if self.metadata_type == "int8":
+            return (MetadataSpec("bounds", (bounds_bytes(geometry.head_dim),), torch.uint8),)
         return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype),
                 MetadataSpec("min", (geometry.head_dim,), geometry.dtype))  # fmt: skip
 
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
         empty = ~valid[:, None, :, None]
-        return {
-            "max": keys.masked_fill(empty, -torch.inf).amax(2),
-            "min": keys.masked_fill(empty, torch.inf).amin(2),
-        }
+        page_max = keys.masked_fill(empty, -torch.inf).amax(2)
+        page_min = keys.masked_fill(empty, torch.inf).amin(2)
+        if self.metadata_type == "int8":
+            return {"bounds": ops.quantize_bounds(page_max, page_min)}
+        return {"max": page_max, "min": page_min}
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
-        num_pages = (layer.seq_lens + g.page_size - 1) // g.page_size
-        bound = page_bound(q, layer.metadata("max"), layer.metadata("min"), layer.page_table)
-        logical = torch.arange(bound.shape[-1], device=q.device)
-        bound = bound.masked_fill(logical >= num_pages[:, None, None], -torch.inf)
-        scores = combine_group(bound, g.num_kv_heads, self.reduce, scale=g.sm_scale)
-        newest = logical == (num_pages - 1)[:, None, None]
-        return Selection.top(
-            scores.masked_fill(newest, torch.inf),
+        bounds = [layer.metadata(spec.name) for spec in self.metadata(g)]
+        scores = ops.page_scores(q, bounds, layer.page_table, layer.seq_lens, page_size=g.page_size)
+        return ops.top_k(
+            scores,
             budget.pages(g.page_size),
-            capacity=budget.page_capacity(g.page_size),
+            layer.seq_lens,
             granularity=g.page_size,
+            capacity=budget.page_capacity(g.page_size),
+            reduce=self.reduce,
+            scale=g.sm_scale,
+            force_newest=True,
         )
-
-
-def page_bound(
-    q: torch.Tensor, page_max: torch.Tensor, page_min: torch.Tensor, page_table: torch.Tensor
-) -> torch.Tensor:
-    """Return `[b, Hq, max_pages]` float32, the largest dot product that a key of each page can have with q.
-
-    Args:
-        q: `[b, Hq, d]`.
-        page_max, page_min: `[pages, Hkv, d]`.
-        page_table: `[b, max_pages]` int32.
-    """
-    grouped = q.float().unflatten(1, (page_max.shape[1], -1))
-    rows = page_table.long()
-    # [b, Hkv, d, max_pages]; accumulated in float32, because 128 products of halves overflow one.
-    high, low = (part[rows].permute(0, 2, 3, 1).float() for part in (page_max, page_min))
-    return (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).flatten(1, 2)

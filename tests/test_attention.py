@@ -153,7 +153,7 @@ def test_short_contexts_run_densely_bit_for_bit_and_say_so() -> None:
 
 def test_bytes_by_hand() -> None:
     geometry = Geometry(1, 2, 1, 8, 4, torch.float32)
-    attention = TwilightAttention(Quest(), TopP(0.5), 8, collect_stats=True)
+    attention = TwilightAttention(Quest(metadata_type="native"), TopP(0.5), 8, collect_stats=True)
     _step(attention, [11], geometry)
     (record,) = attention.stats.records
     kept = int(record.b1_group)
@@ -325,6 +325,6 @@ def test_a_cache_made_for_another_selector_is_refused_before_anything_is_written
     cache, _, _ = fill(GEOMETRY, [5], Quest())
     q, k = torch.zeros(1, 6, 16), torch.zeros(1, 2, 16)
     for selector in (Quest(reduce="max"), Full()):
-        with pytest.raises(ValueError, match=r"its cache was made for Quest\(reduce='softmax'\)"):
+        with pytest.raises(ValueError, match=r"its cache was made for Quest\(.*\)"):
             TwilightAttention(selector).decode(q, k, k, cache.layers[0])
     assert cache.table.lengths == [5]

@@ -241,7 +241,7 @@ def test_a_plugin_cannot_replace_a_node_of_others(site):
     install_configs(site, CONFIGS.replace('"newest_wide"', '"quest"'))
     with pytest.warns(PluginWarning, match=r"config 'selector/quest' is taken by twilight-attn"):
         cfg = one()
-    assert cfg.selector == {"name": "quest", "reduce": "softmax"}
+    assert cfg.selector == {"name": "quest", "metadata_type": "int8", "reduce": "softmax"}
     assert one("selector=newest").selector.window == 8
 
 

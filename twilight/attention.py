@@ -79,12 +79,20 @@ class TwilightAttention:
             out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=scale)
             return out.squeeze(1), lse.squeeze(1)
 
-        budget = self.budget.resolve(lens, geometry.num_kv_heads, max_seq_len=longest)
-        candidates = self.selector.select(q, layer, budget)
+        candidates = self.selector.select(q, layer, layer.budget(self.budget))
         logits = None
         if self.pruner.needs_logits:
+            # Half the bytes on a GPU, where they are written and read again; below the error of a 4-bit key.
+            dtype = torch.float16 if q.is_cuda else torch.float32
             logits = ops.estimate_scores(
-                q, layer.shadow, table, lens, candidates, page_size=geometry.page_size, sm_scale=scale
+                q,
+                layer.shadow,
+                table,
+                lens,
+                candidates,
+                page_size=geometry.page_size,
+                sm_scale=scale,
+                out_dtype=dtype,
             )
         kept = self.pruner(logits, candidates, lens)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
@@ -92,7 +100,7 @@ class TwilightAttention:
 
     def _check_selector(self, layer: LayerCache) -> None:
         """Refuse a cache whose metadata is another selector's, or the same selector's with other parameters."""
-        if layer.selector is not self.selector and (layer.specs or self.selector.metadata(layer.geometry)):
+        if layer.selector != self.selector and (layer.specs or self.selector.metadata(layer.geometry)):
             raise ValueError(
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"

@@ -24,7 +24,10 @@ class Budget:
 
     def pages(self, page_size: int) -> torch.Tensor:
         """Return `[b, Hkv]` int32: the pages that hold `tokens` tokens, rounded up."""
-        return (self.tokens + page_size - 1) // page_size
+        known: dict[int, torch.Tensor] = self.__dict__.setdefault("_pages", {})  # all layers of a step ask for the same
+        if page_size not in known:
+            known[page_size] = (self.tokens + page_size - 1) // page_size
+        return known[page_size]
 
     def page_capacity(self, page_size: int) -> int:
         """Return the host's upper bound of `pages`."""

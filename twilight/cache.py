@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from twilight import ops
+from twilight.budget import Budget, UniformBudget
 from twilight.checks import check_positive, check_tensor
 from twilight.errors import OutOfPagesError
 from twilight.geometry import Geometry
@@ -90,6 +91,10 @@ class LayerCache:
     def capacity(self) -> int | None:
         """Tokens that the pool can hold, or None if it grows without bound."""
         return self._cache.capacity
+
+    def budget(self, policy: UniformBudget) -> Budget:
+        """Return what `policy` gives each sequence and kv head now."""
+        return policy.resolve(self.seq_lens, self.geometry.num_kv_heads, max_seq_len=self.max_seq_len)
 
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""

@@ -81,16 +81,19 @@ class Stats:
         if not self.enabled:
             return
         g = layer.geometry
-        per_query = g.num_q_heads // kept.per_query_head.shape[1]
+        read = kept.selection.num_tokens(layer.seq_lens)
+        counts = read if kept.per_query_head is None else kept.per_query_head
+        mass = torch.ones_like(counts, dtype=torch.float32) if kept.mass is None else kept.mass
+        per_query = g.num_q_heads // counts.shape[1]
         self.records.append(
             Record(
                 layer=layer.index,
                 geometry=g,
                 seq_lens=layer.seq_lens,
                 b0=candidates.num_tokens(layer.seq_lens),
-                b1_query=kept.per_query_head.repeat_interleave(per_query, dim=1),
-                b1_group=kept.selection.lengths,
-                mass=kept.mass.repeat_interleave(per_query, dim=1),
+                b1_query=counts.repeat_interleave(per_query, dim=1),
+                b1_group=read,
+                mass=mass.repeat_interleave(per_query, dim=1),
                 selector_bytes=selector.bytes_per_token(g),
                 estimated=estimated,
                 dense=False,

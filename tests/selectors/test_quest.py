@@ -10,8 +10,8 @@ import torch
 
 from tests import oracles
 from tests.caches import fill, lists
-from twilight import Budget, Geometry, PagedKVCache, UniformBudget
-from twilight_selectors.quest import Quest, page_bound
+from twilight import Budget, Geometry, PagedKVCache, UniformBudget, ops
+from twilight_selectors.quest import Quest
 
 EXAMPLE = torch.tensor(
     [
@@ -45,7 +45,8 @@ def test_worked_example() -> None:
     q = torch.tensor([[[1, -2, 0.5, 3]]])
     page_max, page_min = EXAMPLE.amax(1).unsqueeze(1), EXAMPLE.amin(1).unsqueeze(1)
     assert page_max[:, 0].tolist() == [[2, 1, 2, 1], [1, -1, 2, pytest.approx(0.2)]]
-    bound = page_bound(q, page_max, page_min, torch.tensor([[0, 1]], dtype=torch.int32))
+    table, length = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
+    bound = ops.page_scores(q, (page_max, page_min), table, length, page_size=4)
     assert bound.flatten().tolist() == pytest.approx([8.0, 8.6])
 
     # A third page, the newest, is proposed anyway; of the two others B is the better.
@@ -57,18 +58,28 @@ def test_worked_example() -> None:
     assert lists(cache.selector.select(q, cache.layers[0], budget)) == [[[1, 2]]]
 
 
+@pytest.mark.parametrize("kind", ["int8", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_bound_is_above_every_dot_and_reached_by_corners(dtype: torch.dtype, sign: int) -> None:
+def test_bound_is_above_every_dot_and_reached_by_corners(dtype: torch.dtype, sign: int, kind: str) -> None:
     lengths = [37, 16, 3]
-    cache, keys, _ = fill(Geometry(1, 6, 2, 16, 4, dtype), lengths, Quest())
+    cache, keys, _ = fill(Geometry(1, 6, 2, 16, 4, dtype), lengths, Quest(metadata_type=kind))
     layer = cache.layers[0]
     q = sign * torch.randn(3, 6, 16).to(dtype)
-    bound = page_bound(q, layer.metadata("max"), layer.metadata("min"), layer.page_table)
+    names = ["bounds"] if kind == "int8" else ["max", "min"]
+    bounds = [layer.metadata(name) for name in names]
+    bound = ops.page_scores(q, bounds, layer.page_table, layer.seq_lens, page_size=4)
     assert bound.dtype == torch.float32
     for row, length in enumerate(lengths):
         want = _bounds(q[row], keys[0][row], length, 4, 3)
-        assert bound[row, :, : want.shape[1]].numpy() == pytest.approx(want, rel=1e-5, abs=1e-4)
+        mine = bound[row, :, : want.shape[1]].numpy()
+        if kind == "native":
+            assert mine == pytest.approx(want, rel=1e-5, abs=1e-4)
+        else:
+            # Each of 16 channels is at most one of 255 steps, about 5 / 255, further out; never further in.
+            assert (mine >= want - 1e-4).all()
+            assert mine == pytest.approx(want, abs=float(q.abs().sum(-1).max()) * 6 / 255)
+        assert bool((bound[row, :, want.shape[1] :] == -torch.inf).all())
         for token in range(length):
             for head in range(6):
                 dot = float(oracles.array(q[row, head]) @ oracles.array(keys[0][row, token, head // 3]))
@@ -77,7 +88,7 @@ def test_bound_is_above_every_dot_and_reached_by_corners(dtype: torch.dtype, sig
 
 def test_proposes_the_pages_with_the_largest_bounds_and_the_newest() -> None:
     lengths, page_size = [61, 64, 30, 4, 0], 4
-    chosen, keys, _, q = _select(Quest(), lengths, 22, Geometry(1, 2, 2, 8, page_size))
+    chosen, keys, _, q = _select(Quest(metadata_type="native"), lengths, 22, Geometry(1, 2, 2, 8, page_size))
     for row, length in enumerate(lengths):
         pages = -(-length // page_size)
         take = min(-(-22 // page_size), pages)
@@ -134,7 +145,7 @@ def test_pages_far_below_the_best_are_still_told_apart() -> None:
 def test_metadata_one_by_one_equals_at_once_and_follows_truncation() -> None:
     geometry = Geometry(1, 2, 2, 8, 4)
     keys = torch.randn(2, 10, 2, 8).bfloat16()
-    caches = [PagedKVCache(geometry, num_rows=2, num_pages=8, selector=Quest()) for _ in range(2)]
+    caches = [PagedKVCache(geometry, num_rows=2, num_pages=8, selector=Quest(metadata_type="native")) for _ in range(2)]
     caches[0].layers[0].append(keys, keys, [10, 6])
     for step in range(10):
         caches[1].layers[0].append(keys[:, step : step + 1], keys[:, step : step + 1], [1, int(step < 6)])
@@ -162,8 +173,25 @@ def test_nan_stays_in_its_row() -> None:
     assert all(len(set(pages)) == 2 and set(pages) <= set(range(5)) for pages in dirty[0])
 
 
+def test_int8_metadata_one_by_one_equals_at_once() -> None:
+    geometry = Geometry(1, 2, 2, 8, 4)
+    keys = torch.randn(2, 10, 2, 8).bfloat16()
+    caches = [PagedKVCache(geometry, num_rows=2, num_pages=8, selector=Quest()) for _ in range(2)]
+    caches[0].layers[0].append(keys, keys, [10, 6])
+    for step in range(10):
+        caches[1].layers[0].append(keys[:, step : step + 1], keys[:, step : step + 1], [1, int(step < 6)])
+    first, second = (cache.layers[0].metadata("bounds")[cache.layers[0].page_table.long()] for cache in caches)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1, :2], second[1, :2])
+
+
 def test_reads_two_vectors_a_page() -> None:
-    assert Quest().bytes_per_token(Geometry(1, 4, 2, 128)) == 2 * 128 * 2 / 16
+    assert Quest(metadata_type="native").bytes_per_token(Geometry(1, 4, 2, 128)) == 2 * 128 * 2 / 16
+    assert Quest().bytes_per_token(Geometry(1, 4, 2, 128)) == (2 * 128 + 4) / 16
+
+
+def test_refuses_an_unknown_metadata_type() -> None:
+    with pytest.raises(ValueError, match="metadata_type: expected 'int8' or 'native', got 'int4'"):
+        Quest(metadata_type="int4")
 
 
 def test_refuses_an_unknown_reduction() -> None:

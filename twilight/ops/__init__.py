@@ -3,20 +3,26 @@
 from twilight.ops.append import append
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.merge import merge
+from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.quantize import dequantize, quantize
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
+from twilight.ops.top_k import top_k
 from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
     "append",
     "dense_attention",
     "dequantize",
+    "dequantize_bounds",
     "estimate_scores",
     "exact_logits",
     "keep_all",
     "merge",
+    "page_scores",
     "quantize",
+    "quantize_bounds",
     "sparse_attention",
+    "top_k",
     "top_p",
 ]

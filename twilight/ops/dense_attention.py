@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
+from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_tensor
+from twilight.ops.sparse_attention import CONFIGS, AttentionParams, launch_attention, unsupported_attention
+
+STRUCTS = (AttentionParams,)
+INSTANTIATIONS = tuple(
+    f"dense_attention<{dtype}, {dim}, {warps}, {stages}>"
+    for dtype in ("half", "bf16") for dim, configs in CONFIGS.items() for warps, stages in configs
+)  # fmt: skip
 
 
 def gather_dense(pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, length: int) -> torch.Tensor:
@@ -55,8 +65,9 @@ def dense_attention(
     max_seq_len: int,
     new_tokens: torch.Tensor | None = None,
     sm_scale: float | None = None,
+    backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend causally to every token of the sequence, through torch's scaled dot product attention.
+    """Attend causally to every token of the sequence.
 
     Args:
         q: `[b, n, Hq, d]`, the queries of each sequence's last tokens, first `new_tokens[i]` of row i real.
@@ -66,6 +77,8 @@ def dense_attention(
         max_seq_len: the longest of `seq_lens`, known on the host.
         new_tokens: `[b]` int32; n for every sequence by default.
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
+        backend: which implementation. The kernel takes one query a sequence (n = 1, no `new_tokens`), half or bfloat16,
+            and d of 64, 128 or 256; else it is torch's scaled dot product attention.
 
     Returns:
         `(out, lse)`: `[b, n, Hq, d]` in the type of q, and `[b, n, Hq]` float32. Zeros and `-inf` for an empty
@@ -76,6 +89,10 @@ def dense_attention(
     if q.shape[2] % k_pages.shape[1]:
         raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[2]}")
     steps = q.shape[1]
+    if kernels.use_kernel(backend, q.device, _unsupported(q, k_pages, v_pages, new_tokens)):
+        scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+        out, lse = launch_attention(q.squeeze(1), k_pages, v_pages, page_table, seq_lens, None, scale)
+        return out.unsqueeze(1), lse.unsqueeze(1)
     if max_seq_len == 0:
         return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
     counts = torch.full_like(seq_lens, steps) if new_tokens is None else new_tokens
@@ -95,3 +112,12 @@ def dense_attention(
     empty = (seq_lens == 0)[:, None, None]
     out = out.transpose(1, 2).masked_fill(empty.unsqueeze(-1), 0).contiguous()
     return out, lse.transpose(1, 2).masked_fill(empty, -torch.inf)
+
+
+def _unsupported(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, new_tokens: torch.Tensor | None
+) -> str | None:
+    """Say why the kernel cannot take these, or return None."""
+    if q.shape[1] != 1 or new_tokens is not None:
+        return f"q has {q.shape[1]} tokens a sequence, or new_tokens is given; the kernel takes one token of each"
+    return unsupported_attention(q, k_pages, v_pages)

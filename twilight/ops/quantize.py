@@ -47,7 +47,9 @@ def quantize(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"k: expected an even head_dim, got {k.shape[-1]}")
     k = k.float()
     zero = k.amin(-1, keepdim=True).half()
-    scale = ((k.amax(-1, keepdim=True) - zero.float()) / 15).clamp(min=MIN_SCALE).half()
+    # Divided by a tensor: by a number, torch multiplies with its reciprocal on a GPU, and the bytes would differ.
+    spread = k.amax(-1, keepdim=True) - zero.float()
+    scale = (spread / torch.full_like(spread, 15)).clamp(min=MIN_SCALE).half()
     # A NaN key has no code, and a cast of NaN to an integer is undefined: its code is 0 and its scale carries the NaN.
     codes = ((k - zero.float()) / scale.float()).round().clamp(0, 15).nan_to_num(0).to(torch.uint8)
     low, high = codes.chunk(2, dim=-1)

@@ -7,12 +7,47 @@ at least one is kept. A kv head then keeps what any query head of its group keep
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
+from twilight.ops.scratch import shared_memory
 from twilight.selection import Selection
+
+_BINS = 512
+_THREADS = 512
+_THREADS_SMALL = 384
+"""Where a block has a whole row of halves in shared memory: 3 blocks of 384 threads fill a multiprocessor better than 2
+of 512.
+"""
+_MIN_SLICE = 512
+"""Candidates of a block, below which a row is not split further."""
+
+
+class TopPParams(ctypes.Structure):
+    """Mirrors the struct of raw_kernels/top_p.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "logits", "indices", "lengths", "log_weight", "kept", "kept_lengths", "per_query_head", "mass",
+            "kept_log_weight",
+        )),
+        ("p", ctypes.c_float),
+        ("bins_per_nat", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("capacity", "granularity_shift", "slice_capacity", "bits", "group")),
+    ]  # fmt: skip
+
+
+STRUCTS = (TopPParams,)
+INSTANTIATIONS = tuple(
+    f"top_p<{kind}, {_THREADS}, {cluster}, {shared}>"
+    for kind in ("half", "float") for cluster in (1, 2, 4, 8) for shared in ("true", "false")
+    if shared == "true" or cluster in (1, 8)
+) + (f"top_p<half, {_THREADS_SMALL}, 1, true>",)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,14 +55,15 @@ class Pruned:
     """What is kept, and what each query head asked for.
 
     Attributes:
-        selection: tokens, the union over each group.
-        per_query_head: `[b, Hq]` int32, tokens that each query head kept.
-        mass: `[b, Hq]` float32, the share of the candidates' estimated mass that the head's own tokens hold.
+        selection: the union over each group: tokens, or pages where nothing was pruned.
+        per_query_head: `[b, Hq]` int32, tokens that each query head kept; None if that is what `selection` stands for.
+        mass: `[b, Hq]` float32, the share of the candidates' estimated mass that the head's own tokens hold; None if it
+            is all of it.
     """
 
     selection: Selection
-    per_query_head: torch.Tensor
-    mass: torch.Tensor
+    per_query_head: torch.Tensor | None
+    mass: torch.Tensor | None
 
 
 def top_p_mask(logits: torch.Tensor, p: float) -> torch.Tensor:
@@ -56,7 +92,14 @@ def top_p_mask(logits: torch.Tensor, p: float) -> torch.Tensor:
     return candidates & ((weights >= threshold) | threshold.isnan())
 
 
-def top_p(logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, p: float) -> Pruned:
+def top_p(
+    logits: torch.Tensor,
+    candidates: Selection,
+    seq_lens: torch.Tensor,
+    p: float,
+    *,
+    backend: Literal["auto", "cuda", "torch"] = "auto",
+) -> Pruned:
     """Prune candidates to the mass p.
 
     Args:
@@ -64,8 +107,15 @@ def top_p(logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, p
         candidates: what the logits are of.
         seq_lens: `[b]` int32.
         p: mass to keep, in (0, 1].
+        backend: which implementation. The kernel takes half and float32 logits and groups of up to 16. It keeps at
+            least the mass p, and a few percent more tokens than the reference: see raw_kernels/top_p.cu.
     """
     check_tensor("logits", logits, (candidates.indices.shape[0], None, candidates.capacity * candidates.granularity))
+    check_p(p)
+    if logits.shape[1] % candidates.indices.shape[1]:
+        raise ValueError(f"logits: expected a multiple of {candidates.indices.shape[1]} heads, got {logits.shape[1]}")
+    if kernels.use_kernel(backend, logits.device, _unsupported(logits, candidates)):
+        return _cuda(logits, candidates, p)
     keep = top_p_mask(logits, p)
     weights = torch.softmax(logits.double(), dim=-1)
     mass = (weights * keep).sum(-1).float()
@@ -73,7 +123,9 @@ def top_p(logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, p
 
 
 def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
-    """Keep every candidate, as tokens. Query heads are not told apart: counts and mass come a kv head."""
+    """Keep every candidate. Query heads are not told apart: counts and mass come a kv head."""
+    if kernels.available(candidates.indices.device):
+        return Pruned(candidates, None, None)  # the attention kernel reads pages as they are
     _, valid = candidates.positions(seq_lens)
     return _union(valid, torch.ones(valid.shape[:2], device=valid.device), candidates, seq_lens)
 
@@ -86,3 +138,73 @@ def _union(keep: torch.Tensor, mass: torch.Tensor, candidates: Selection, seq_le
         # On a GPU the padding stays, so that no length has to reach the host; here it would be read for nothing.
         selection = selection.trimmed()
     return Pruned(selection, keep.sum(-1, dtype=torch.int32), mass)
+
+
+def _unsupported(logits: torch.Tensor, candidates: Selection) -> str | None:
+    """Say why the kernel cannot take these, or return None."""
+    if logits.dtype not in (torch.float16, torch.float32):
+        return f"the logits are {logits.dtype}; the kernel reads float16 and float32"
+    group = logits.shape[1] // candidates.indices.shape[1]
+    if group > 16:
+        return f"a group has {group} query heads; the kernel takes up to 16"
+    if candidates.granularity & (candidates.granularity - 1):
+        return f"the candidates' granularity is {candidates.granularity}; the kernel needs a power of two"
+    if candidates.lengths.numel() > 65535:
+        return f"{candidates.lengths.numel()} rows are more than a grid's 65535"
+    if not 0 < logits.shape[-1] <= 2**22:
+        return f"a row has {logits.shape[-1]} candidates; the kernel takes 1 to 2**22"
+    return None
+
+
+def _plan(rows: int, n: int, group: int, element: int, index: int) -> tuple[int, bool, int, int]:
+    """Return (cluster, whether logits fit shared memory, slice capacity, bytes of shared memory)."""
+    budget = shared_memory(index)[0] - 4096
+    clusters = (1, 2, 4, 8) if torch.cuda.get_device_capability(index) >= (9, 0) else (1,)
+
+    def needs(cluster: int, shared: bool) -> tuple[int, int]:
+        piece = -(-n // (8 * cluster)) * 8
+        bins = 4 * _BINS * group * (2 if cluster > 1 else 1)
+        keep = piece // 8 * group if piece // 8 > 4 * _BINS else 0
+        return piece, bins + keep + (piece * group * element if shared else 0)
+
+    # Two blocks a multiprocessor at once, if rows alone are not enough; never slices that leave threads idle.
+    wanted = [c for c in clusters if rows * c <= 2 * kernels.num_sms(index) and n >= c * _MIN_SLICE]
+    least = max(wanted, default=1)
+    for cluster in (c for c in clusters if c >= least):
+        piece, size = needs(cluster, True)
+        if size <= budget:
+            return cluster, True, piece, size
+    cluster = clusters[-1]
+    piece, size = needs(cluster, False)
+    return cluster, False, piece, size
+
+
+def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
+    b, q_heads, n = logits.shape
+    kv_heads, device = candidates.indices.shape[1], logits.device
+    group = q_heads // kv_heads
+    kept = torch.empty((b, kv_heads, n), dtype=torch.int32, device=device)
+    counts = torch.empty(b * (kv_heads + q_heads), dtype=torch.int32, device=device)
+    kept_lengths, per_query_head = counts[: b * kv_heads].view(b, -1), counts[b * kv_heads :].view(b, -1)
+    mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
+    weights = None if candidates.log_weight is None else candidates.log_weight.contiguous()
+    kept_weights = None if weights is None else torch.empty((b, q_heads, n), dtype=torch.float32, device=device)
+    # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
+    logits, indices, lengths = logits.contiguous(), candidates.indices.contiguous(), candidates.lengths.contiguous()
+    index = logits.get_device()
+    cluster, shared, piece, smem = _plan(b * kv_heads, n, group, logits.element_size(), index)
+    kind = "half" if logits.dtype == torch.float16 else "float"
+    # A warp works for one query head: groups that divide 12 warps.
+    small = kind == "half" and cluster == 1 and shared and group in (1, 2, 3, 4, 6, 12)
+    threads = _THREADS_SMALL if small else _THREADS
+    expression = f"top_p<{kind}, {threads}, {cluster}, {'true' if shared else 'false'}>"
+    kernel = kernels.load("top_p", expression, max_dynamic_smem=shared_memory(index)[0] - 4096, device=device)
+    params = TopPParams(
+        logits.data_ptr(), indices.data_ptr(), lengths.data_ptr(), None if weights is None else weights.data_ptr(),
+        kept.data_ptr(), kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
+        None if kept_weights is None else kept_weights.data_ptr(),
+        p, 32.0 if p < 0.999 else 16.0, candidates.capacity, candidates.granularity.bit_length() - 1, piece, min(16, 31
+        - (n - 1).bit_length()), group,
+    )  # fmt: skip
+    kernel.launch((cluster, b * kv_heads, 1), (threads, 1, 1), params, smem)
+    return Pruned(Selection(kept, kept_lengths, 1, kept_weights), per_query_head, mass)

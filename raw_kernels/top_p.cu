@@ -1,0 +1,478 @@
+// Top-p without sorting, the union over a group, and the list of kept tokens in order.
+//
+// A cluster of kCluster blocks (1 where there are rows enough to fill the GPU) works on one (sequence, kv head) and cuts
+// its candidates into slices. Inside a block every warp works for one query head, on chunks of 8 neighbouring candidates
+// a lane; who is kept is a byte a chunk and head, and the union over the group is an OR of G bytes. The logits lie in
+// shared memory (kShared) or are read from L2 in every pass.
+//
+// With x = max - logit >= 0, a histogram of 512 bins of 1/32 nat gets round(2^bits * exp(-(x - k/32))) in bin k: relative to
+// the bin's own edge, so that integers keep 16 bits of every weight however small it is, and the order of atomics cannot
+// matter. (1/16 nat for p from 0.999 on, where deeper bins count.) A scan over bins scaled by exp(-k/32) finds the first
+// whose prefix reaches p; it is kept whole. Where that bin holds more than 5 % of what
+// is kept, and more than 4 candidates, 256 sub-bins cut it finer. Rounding is paid for by a margin on p of 1.25 * 2^-bits.
+// Candidates below the last bin only count towards Z. In a block that has the whole row a pass sums Z first: what lies below
+// ln(2n / ((1 - p) Z)) nats then weighs less than (1 - p) Z / 2 together, is not needed either, and stays out of the
+// histogram too. On peaked rows that is nearly everything, and atomics are what is slow.
+//
+// Floor: the logits once, G * sizeof(Logit) bytes a candidate, and 4 bytes a kept token.
+#include "cluster.cuh"
+#include "common.cuh"
+
+struct TopPParams {
+  const void* logits;        // [b, Hq, n], -inf past a row's end
+  const int* indices;        // [b, Hkv, capacity], n = capacity << granularity_shift
+  const int* lengths;        // [b, Hkv]
+  const float* log_weight;   // [b, Hq, capacity] or null
+  // outputs
+  int* kept;                 // [b, Hkv, n], positions, ascending; not written past the length
+  int* kept_lengths;         // [b, Hkv]
+  int* per_query_head;       // [b, Hq]
+  float* mass;               // [b, Hq]
+  float* kept_log_weight;    // [b, Hq, n] or null
+  float p;
+  float bins_per_nat;        // 32 or 16
+  int capacity;
+  int granularity_shift;
+  int slice_capacity;        // candidates of a block that shared memory has room for, a multiple of 8
+  int bits;                  // of a weight: n * 2^bits stays below 2^32
+  int group;                 // G, up to 16
+};
+CHECK_PARAMS(TopPParams);
+
+constexpr int kBins = 512;
+constexpr int kSubBins = 256;
+constexpr int kMaxGroup = 16;
+
+__device__ __forceinline__ float max_nan(float a, float b) {  // unlike fmaxf, a NaN wins
+  float c;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+  return c;
+}
+
+// 8 candidates as they are stored.
+template <typename Logit>
+struct Chunk;
+template <>
+struct Chunk<half> {
+  uint4 raw;
+  __device__ float operator[](int i) const {
+    const u32 word = i < 4 ? (i < 2 ? raw.x : raw.y) : (i < 6 ? raw.z : raw.w);
+    const float2 pair = unpack2<half>(word);
+    return i % 2 ? pair.y : pair.x;
+  }
+  __device__ float max() const {
+    half2 m[4];
+    *reinterpret_cast<uint4*>(m) = raw;
+    const half2 best = __hmax2_nan(__hmax2_nan(m[0], m[1]), __hmax2_nan(m[2], m[3]));
+    return max_nan(__low2float(best), __high2float(best));
+  }
+  __device__ void load(const half* p) { raw = load16(p); }
+  __device__ void load_some(const half* p, int count) {
+    half v[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < count ? p[i] : __ushort_as_half(0xfc00);
+    raw = *reinterpret_cast<uint4*>(v);
+  }
+  __device__ void store(half* p) const { store16(p, raw); }
+};
+template <>
+struct Chunk<float> {
+  float v[8];
+  __device__ float operator[](int i) const { return v[i]; }
+  __device__ float max() const {
+    float m = v[0];
+#pragma unroll
+    for (int i = 1; i < 8; ++i) m = max_nan(m, v[i]);
+    return m;
+  }
+  __device__ void load(const float* p) {
+    *reinterpret_cast<uint4*>(v) = load16(p);
+    *reinterpret_cast<uint4*>(v + 4) = load16(p + 4);
+  }
+  __device__ void load_some(const float* p, int count) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = i < count ? p[i] : -inf();
+  }
+  __device__ void store(float* p) const {
+    store16(p, *reinterpret_cast<const uint4*>(v));
+    store16(p + 4, *reinterpret_cast<const uint4*>(v + 4));
+  }
+};
+
+// floor(y) for 0 <= y < 2^22 in one add: conversions run at a quarter of its rate.
+constexpr float kMagic = 8388608.f;  // 2^23: the last bit of the sum is 1
+__device__ __forceinline__ int low_bits(float with_magic) { return __float_as_int(with_magic) - __float_as_int(kMagic); }
+
+// round(scale * exp(-f * width)) for f in [0, 1) and a width of at most 1/16: three terms of the series, 6e-7 off at most.
+__device__ __forceinline__ u32 bin_weight(float f, float width, float scale) {
+  const float u = f * width;
+  const float e = fmaf(u, fmaf(u, fmaf(u, -1.f / 6.f, 0.5f), -1.f), 1.f);
+  return static_cast<u32>(low_bits(fmaf(e, scale, kMagic)));
+}
+
+struct Cut {
+  int bin;      // the first whose prefix reaches the target, or -1
+  float before; // mass of the bins before it
+  float mass;   // ... and with it
+  bool coarse;  // it holds more than 5 % of what would be kept, and more than 4 candidates
+};
+
+// One warp over 32 * kPerLane bins, of which bin k counts 2^(k * step) times its integer.
+template <int kPerLane>
+__device__ __forceinline__ Cut find_cut(const u32* weights, float step, float target, float one) {
+  const int lane = lane_id();
+  const float lane_scale = exp2f(step * (lane * kPerLane));
+  // Read twice rather than kept: 16 registers are what lets a third block onto the multiprocessor.
+  const auto read4 = [&](int i, float (&w)[4]) {
+    uint4 four;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+                 : "r"(smem_address(weights + lane * kPerLane + i)) : "memory");
+    w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
+  };
+  // By a running product, or the compiler keeps all powers for both loops; 1e-6 off at its end, for which the margin has room.
+  const float ratio = exp2f(step);
+  float mass = 0.f, count = 0.f, scale = lane_scale;
+#pragma unroll
+  for (int i = 0; i < kPerLane; i += 4) {
+    float w[4];
+    read4(i, w);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) mass = fmaf(w[j], scale, mass), count += w[j], scale *= ratio;
+  }
+  const float up_to = warp_inclusive_scan(mass), count_up_to = warp_inclusive_scan(count);
+  Cut cut{-1, 0.f, 0.f, false};
+  float prefix = up_to - mass, counted = count_up_to - count;
+  scale = lane_scale;
+#pragma unroll
+  for (int i = 0; i < kPerLane; i += 4) {
+    float w[4];
+    read4(i, w);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float with = fmaf(w[j], scale, prefix);
+      scale *= ratio, counted += w[j];
+      if (cut.bin < 0 && w[j] > 0.f && with >= target) {
+        cut.bin = lane * kPerLane + i + j;
+        cut.before = prefix, cut.mass = with, cut.coarse = w[j] > fmaxf(0.05f * counted, 4.5f * one);
+      }
+      prefix = with;
+    }
+  }
+  const u32 found = __ballot_sync(kFullMask, cut.bin >= 0);
+  const int source = found ? __ffs(found) - 1 : 0;
+  cut.bin = __shfl_sync(kFullMask, cut.bin, source);
+  cut.before = __shfl_sync(kFullMask, cut.before, source);
+  cut.mass = __shfl_sync(kFullMask, cut.mass, source);
+  cut.coarse = __shfl_sync(kFullMask, cut.coarse, source);
+  return cut;
+}
+
+template <typename Logit, int kThreads, int kCluster, bool kShared>
+__global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 384 ? 3 : 1024 / kThreads)
+    top_p(const __grid_constant__ TopPParams p) {
+  using C = Cluster<kCluster>;
+  constexpr int kWarps = kThreads / kWarp;
+  static_assert(kMaxGroup * kCluster <= kThreads, "a thread for each head and rank");
+  const int G = p.group;  // at most kWarps
+  extern __shared__ __align__(16) unsigned char smem_raw[];
+  u32* const bins = reinterpret_cast<u32*>(smem_raw);                    // [G, 512]
+  u32* const sums = kCluster > 1 ? bins + G * kBins : bins;              // [G, 512] over the cluster
+  Logit* const stored = reinterpret_cast<Logit*>(sums + G * kBins);      // [G, slice_capacity] if kShared
+  // Who is kept: a byte a chunk and head. It takes the place of the bins where they have room, for they are done with by then.
+  const int keep_pitch = p.slice_capacity / 8;
+  unsigned char* const keep = reinterpret_cast<unsigned char*>(
+      keep_pitch <= kBins * 4 ? sums : reinterpret_cast<u32*>(stored + (kShared ? G * p.slice_capacity : 0)));
+  __shared__ float warp_value[kWarps];
+  __shared__ int warp_count[kWarps];
+  __shared__ float top[kMaxGroup], origin[kMaxGroup], edge[kMaxGroup], limit[kMaxGroup], kept_mass[kMaxGroup];
+  __shared__ float mass_sum[kMaxGroup], tail[kMaxGroup], missing[kMaxGroup], unit[kMaxGroup], share_before[kMaxGroup];
+  __shared__ int cut_bin[kMaxGroup], refine[kMaxGroup], counts[kMaxGroup];
+  __shared__ int total_kept, scan_scratch[kWarps + 1];
+
+  const int row = blockIdx.y, rank = C::rank();
+  const int lane = lane_id(), warp = warp_id();
+  const int length = min(max(p.lengths[row], 0), p.capacity) << p.granularity_shift;
+  const int n = p.capacity << p.granularity_shift;
+  if (length == 0) {  // the whole cluster leaves
+    if (rank == 0 && threadIdx.x == 0) p.kept_lengths[row] = 0;
+    if (rank == 0 && threadIdx.x < G) p.per_query_head[row * G + threadIdx.x] = 0, p.mass[row * G + threadIdx.x] = 0.f;
+    return;
+  }
+  const int slice = ceil_div(length, kCluster * 8) * 8, first = rank * slice;
+  const int size = max(0, min(slice, length - first)), chunks = ceil_div(size, 8);
+
+  // Warps g, g + G, g + 2G, ... work for head g; a few have no head where G does not divide them.
+  const int team = kWarps / G, g = warp % G;
+  const int first_chunk = warp < team * G ? warp / G * kWarp + lane : chunks, step = team * kWarp;
+  const auto logits_at = [&](int i) {  // not a pointer that lives on: registers are what bounds the blocks a multiprocessor
+    return static_cast<const Logit*>(p.logits) + (static_cast<size_t>(row) * G + g) * n + first + i;
+  };
+  Logit* const own = stored + g * p.slice_capacity;
+  const bool aligned = n % 8 == 0;
+  const auto load_global = [&](int chunk) {
+    Chunk<Logit> v;
+    if (aligned && chunk * 8 + 8 <= size) v.load(logits_at(chunk * 8));
+    else v.load_some(logits_at(chunk * 8), size - chunk * 8);
+    return v;
+  };
+  const auto load = [&](int chunk) {
+    if constexpr (!kShared) return load_global(chunk);
+    Chunk<Logit> v;
+    v.load(own + chunk * 8);
+    return v;
+  };
+  // The value of every warp, summed over the team of head threadIdx.x.
+  const auto team_sum = [&](const auto* values) {
+    auto sum = values[threadIdx.x];
+    for (int i = 1; i < team; ++i) sum += values[threadIdx.x + i * G];
+    return sum;
+  };
+
+  // ---- maximum of each query head ----
+  for (int i = threadIdx.x; i < G * kBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  {
+    float best = -inf();
+    if constexpr (kShared) {  // everything under way at once
+      for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+        if (aligned && chunk * 8 + 8 <= size) {
+#pragma unroll
+          for (int i = 0; i < 8; i += 16 / sizeof(Logit)) cp_async16(own + chunk * 8 + i, logits_at(chunk * 8 + i));
+        } else {
+          load_global(chunk).store(own + chunk * 8);
+        }
+      }
+      cp_async_commit();
+      cp_async_wait<0>();  // every thread reads back what it copied itself
+    }
+    for (int chunk = first_chunk; chunk < chunks; chunk += step) best = max_nan(best, load(chunk).max());
+#pragma unroll
+    for (int distance = kWarp / 2; distance; distance /= 2) best = max_nan(best, __shfl_xor_sync(kFullMask, best, distance));
+    if (lane == 0) warp_value[warp] = best;
+  }
+  __syncthreads();
+  if (threadIdx.x < G) {
+    float x = warp_value[threadIdx.x];
+    for (int i = 1; i < team; ++i) x = max_nan(x, warp_value[threadIdx.x + i * G]);
+    top[threadIdx.x] = x;
+  }
+  C::sync();
+  if (threadIdx.x < ceil_div(G * kCluster, kWarp) * kWarp) {  // a thread for each head and rank
+    const int head = min(static_cast<int>(threadIdx.x) / kCluster, G - 1);
+    float x = C::read(top + head, threadIdx.x % kCluster);
+#pragma unroll
+    for (int distance = kCluster / 2; distance; distance /= 2) x = max_nan(x, __shfl_xor_sync(kFullMask, x, distance));
+    if (threadIdx.x % kCluster == 0 && threadIdx.x < G * kCluster) {
+      // NaN and +inf show in the output of their own row if all of it is kept. origin 0, edge inf: every y but that of -inf is below.
+      const bool all = !(x < inf()) || x == -inf() || p.p >= 1.f;
+      origin[head] = all ? 0.f : x * p.bins_per_nat;
+      edge[head] = inf();
+      limit[head] = all ? -inf() : kBins - 1;
+      kept_mass[head] = x < inf() && x > -inf() ? 1.f : 0.f;
+      cut_bin[head] = all ? -1 : 0;
+      refine[head] = 0;
+    }
+  }
+  __syncthreads();
+  // y = max - logit in bins, rounded once, hence monotonic: all passes agree on it.
+  const float from = origin[g], per_nat = p.bins_per_nat, width = 1.f / per_nat, to_log2 = -kLog2e * width;
+  const auto offset = [&](float logit) { return fmaf(-per_nat, logit, from); };
+  const float one = static_cast<float>(1 << p.bits);
+
+  if (p.p < 1.f) {
+    // ---- Z, and how deep the histogram must go ----
+    constexpr bool kBounded = kCluster == 1;
+    if constexpr (kBounded) {
+      float sum = 0.f;
+      if (limit[g] > 0.f) {
+        for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+          const Chunk<Logit> v = load(chunk);
+          float part = 0.f;
+#pragma unroll
+          for (int i = 0; i < 8; ++i) part += exp2f(offset(v[i]) * to_log2);
+          sum += part;
+        }
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) warp_value[warp] = sum;
+      __syncthreads();
+      if (threadIdx.x < G && limit[threadIdx.x] > 0.f) {
+        const float z = team_sum(warp_value);
+        mass_sum[threadIdx.x] = z * one;
+        const float depth = logf(2.f * length / ((1.f - p.p) * z)) * per_nat;
+        limit[threadIdx.x] = fminf(limit[threadIdx.x], ceilf(fmaxf(depth, 0.f)) + 1.f);
+      }
+      __syncthreads();
+    }
+
+    // ---- histogram ----
+    {
+      const float depth = limit[g];
+      u32* const mine = bins + g * kBins;
+      float below = 0.f;
+      if (depth > 0.f) {
+        for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+          const Chunk<Logit> v = load(chunk);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float y = offset(v[i]);
+            if (y < depth) {
+              const float floored = __fadd_rd(y, kMagic);
+              atomicAdd(mine + low_bits(floored), bin_weight(y - (floored - kMagic), width, one));
+            } else if constexpr (!kBounded) {
+              below += exp2f(y * to_log2);
+            }
+          }
+        }
+      }
+      if constexpr (!kBounded) {
+        below = warp_sum(below);
+        if (lane == 0) warp_value[warp] = below;
+        __syncthreads();
+        if (threadIdx.x < G) tail[threadIdx.x] = team_sum(warp_value) * one;
+      }
+    }
+    C::sync();
+    if constexpr (kCluster > 1) {
+      for (int i = threadIdx.x; i < G * kBins; i += kThreads) {
+        u32 sum = 0;
+#pragma unroll
+        for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
+        sums[i] = sum;
+      }
+      __syncthreads();
+    }
+    const float share = fminf(p.p * (1.f + 1.25f / one), 1.f);
+    if (warp < G && cut_bin[warp] >= 0) {
+      float z = mass_sum[warp];
+      if constexpr (!kBounded) {
+        z = lane < kCluster ? C::read(tail + warp, lane) : 0.f;
+        const u32* const mine = sums + warp * kBins;
+#pragma unroll 4
+        for (int i = lane; i < kBins; i += kWarp) z = fmaf(static_cast<float>(mine[i]), exp2f(to_log2 * i), z);
+        z = warp_sum(z);
+      }
+      const Cut cut = find_cut<kBins / kWarp>(sums + warp * kBins, to_log2, share * z, one);
+      if (lane == 0) {
+        cut_bin[warp] = cut.bin;
+        edge[warp] = cut.bin < 0 ? inf() : cut.bin + 1.f;
+        kept_mass[warp] = cut.bin < 0 ? 1.f : fminf(cut.mass / z, 1.f);
+        refine[warp] = cut.bin >= 0 && cut.coarse;
+        // The mass still missing in the cut bin, in units of its own weights, and what one such unit is of the total.
+        const float scale = exp2f(to_log2 * max(cut.bin, 0));
+        missing[warp] = (share * z - cut.before) / scale;
+        unit[warp] = scale / z, share_before[warp] = cut.before / z;
+      }
+    }
+    __syncthreads();
+
+    // ---- the cut bin again, finer ----
+    bool any = false;
+    for (int head = 0; head < G; ++head) any |= refine[head] != 0;
+    if (any) {
+      if constexpr (kCluster > 1) C::sync();  // others may still read our bins
+      for (int i = threadIdx.x; i < G * kBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+      __syncthreads();
+      if (refine[g]) {
+        const float low = static_cast<float>(cut_bin[g]);
+        for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+          const Chunk<Logit> v = load(chunk);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float f = offset(v[i]) - low;
+            if (f >= 0.f && f < 1.f) {
+              atomicAdd(bins + g * kBins + low_bits(__fadd_rd(f * kSubBins, kMagic)), bin_weight(f, width, one));
+            }
+          }
+        }
+      }
+      C::sync();
+      if constexpr (kCluster > 1) {
+        for (int i = threadIdx.x; i < G * kBins; i += kThreads) {
+          u32 sum = 0;
+#pragma unroll
+          for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
+          sums[i] = sum;
+        }
+        __syncthreads();
+      }
+      if (warp < G && refine[warp]) {
+        const Cut cut = find_cut<kSubBins / kWarp>(sums + warp * kBins, 0.f, missing[warp], one);
+        if (lane == 0 && cut.bin >= 0) {
+          edge[warp] = cut_bin[warp] + (cut.bin + 1.f) / kSubBins;
+          kept_mass[warp] = fminf(fmaf(cut.mass, unit[warp], share_before[warp]), 1.f);
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // ---- who is kept ----
+  {
+    int count = 0;
+    const float above = edge[g];
+    for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+      const Chunk<Logit> v = load(chunk);
+      u32 mine = 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) mine |= (offset(v[i]) >= above ? 0u : 1u) << i;  // NaN is kept
+      count += __popc(mine);
+      keep[g * keep_pitch + chunk] = static_cast<unsigned char>(mine);
+    }
+    count = __reduce_add_sync(kFullMask, count);
+    if (lane == 0) warp_count[warp] = count;
+  }
+  __syncthreads();
+  if (threadIdx.x < G) counts[threadIdx.x] = team_sum(warp_count);
+
+  // ---- the union, in order: a run of chunks a thread ----
+  const int run = ceil_div(chunks, kThreads);
+  const int run_begin = min(static_cast<int>(threadIdx.x) * run, chunks), run_end = min(run_begin + run, chunks);
+  const auto together = [&](int chunk) {
+    u32 any = 0;
+    for (int head = 0; head < G; ++head) any |= keep[head * keep_pitch + chunk];
+    return any;
+  };
+  int kept_here = 0;
+  for (int chunk = run_begin; chunk < run_end; ++chunk) kept_here += __popc(together(chunk));
+  int total;
+  int at = block_exclusive_scan<kThreads>(kept_here, scan_scratch, total);
+  if (kCluster > 1 && threadIdx.x == 0) total_kept = total;
+  int kept_before = 0, kept_row = total;
+  if constexpr (kCluster > 1) {
+    C::sync();
+    int of_rank = C::read(&total_kept, lane % kCluster);
+    kept_row = warp_sum<kCluster>(of_rank);
+    kept_before = warp_sum<kCluster>(lane % kCluster < rank ? of_rank : 0);
+  }
+  if (rank == 0) {
+    if (threadIdx.x < G) {
+      int count = 0;
+#pragma unroll
+      for (u32 r = 0; r < kCluster; ++r) count += C::read(counts + threadIdx.x, r);
+      p.per_query_head[row * G + threadIdx.x] = count;
+      p.mass[row * G + threadIdx.x] = kept_mass[threadIdx.x];
+    }
+    if (threadIdx.x == 0) p.kept_lengths[row] = kept_row;
+  }
+  const int* const indices = p.indices + static_cast<size_t>(row) * p.capacity;
+  int* const kept = p.kept + static_cast<size_t>(row) * n;
+  at += kept_before;
+  for (int chunk = run_begin; chunk < run_end && kept_here; ++chunk) {
+    const u32 mine = together(chunk);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (!(mine >> i & 1)) continue;
+      const int candidate = first + chunk * 8 + i, entry = candidate >> p.granularity_shift;
+      kept[at] = (indices[entry] << p.granularity_shift) + (candidate & ((1 << p.granularity_shift) - 1));
+      if (p.kept_log_weight) {
+        for (int head = 0; head < G; ++head) {
+          const size_t of = static_cast<size_t>(row) * G + head;
+          p.kept_log_weight[of * n + at] = p.log_weight[of * p.capacity + entry];
+        }
+      }
+      ++at;
+    }
+  }
+  if constexpr (kCluster > 1) C::sync();  // a block that leaves takes its shared memory along
+}

@@ -1,0 +1,217 @@
+"""Decode steps inside a CUDA graph: a cache whose tensors stay where they are, and the graph that is replayed over it.
+
+    static = StaticCache(cache, max_seq_len=32768)      # pages for every row's future are reserved now
+    graph = DecodeGraph(static, lambda: model_step(static, inputs))
+    inputs.copy_(...); graph.replay(); graph.output     # as often as there is room
+    static.release()                                    # the cache goes on as usual
+
+A step appends one token to every active row. Its lengths live on the device and grow there; the host only counts the
+steps, which is how it knows the lengths without asking. Shapes and grids come from `max_seq_len`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from twilight import ops
+from twilight.budget import Budget, UniformBudget
+from twilight.cache import LayerCache, PagedKVCache
+from twilight.checks import check_positive, check_tensor
+from twilight.pages import NULL_PAGE
+
+Output = TypeVar("Output")
+
+
+class StaticLayer:
+    """A layer of a `StaticCache`. Serves wherever a `LayerCache` does; what is not here is the layer's own."""
+
+    def __init__(self, static: StaticCache, layer: LayerCache) -> None:
+        self._static = static
+        self._layer = layer
+        self._step = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    @property
+    def page_table(self) -> torch.Tensor:
+        """`[b, max_pages]` int32, all pages up to `max_seq_len` in it."""
+        return self._static.page_table
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """`[b]` int32: tokens of each sequence, those of the current step included."""
+        return self._static.seq_lens
+
+    @property
+    def max_seq_len(self) -> int:
+        """How long a sequence may become."""
+        return self._static.max_seq_len
+
+    def budget(self, policy: UniformBudget) -> Budget:
+        """Return what `policy` gives each row at this step. All layers of a step share it."""
+        return self._static._budget(policy)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
+        """Add tokens, as `LayerCache.append` does; by default one to every active row, which can be captured."""
+        static, layer, geometry = self._static, self._layer, self._layer.geometry
+        single = isinstance(k, torch.Tensor) and k.ndim == 3
+        shape = (len(static.lengths), *(() if single else (None,)), geometry.num_kv_heads, geometry.head_dim)
+        check_tensor("k", k, shape, dtype=geometry.dtype, device=geometry.device)
+        check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
+        if single:
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
+        if new_tokens is None and k.shape[1] != 1:
+            new_tokens = [k.shape[1] * int(active) for active in static._active]
+        if self._step == static._step:
+            static._begin(new_tokens)
+        self._step = static._step
+        added = static._added
+        bounds = [layer.metadata(name) for name in getattr(layer._cache.selector, "append_bounds", ())]
+        ops.append(
+            k, v, layer.k_pages, layer.v_pages, layer.shadow, self.page_table, self.seq_lens, added,
+            bounds=bounds,
+        )  # fmt: skip
+        if layer._metadata and not bounds:
+            self._summarize(k.shape[1], added)
+
+    def _summarize(self, steps: int, added: torch.Tensor) -> None:
+        """Bring the metadata of the touched pages up to date; what a row has not touched goes to the page of nobody."""
+        size, lens, table = self._layer.geometry.page_size, self.seq_lens.long(), self.page_table
+        first = (lens - added) // size
+        logical = first[:, None] + torch.arange(steps // size + 2, device=lens.device)
+        touched = (logical * size < lens[:, None]) & (added > 0)[:, None]
+        pages = table.long().gather(1, logical.clamp(max=table.shape[1] - 1)).masked_fill(~touched, NULL_PAGE)
+        filled = (logical * size).unsqueeze(-1) + torch.arange(size, device=lens.device) < lens[:, None, None]
+        self._layer._summarize(pages.flatten(), (filled | ~touched.unsqueeze(-1)).flatten(0, 1))
+
+
+class StaticCache:
+    """A `PagedKVCache` with every row's future pages reserved, so that a step changes no shape and no address.
+
+    The cache itself must be left alone until `release`. Tokens that rows share are copied before they are written to.
+
+    Args:
+        cache: what to continue.
+        max_seq_len: how long a row may become.
+
+    Raises:
+        OutOfPagesError: no room for that many pages; nothing has changed.
+    """
+
+    def __init__(self, cache: PagedKVCache, max_seq_len: int) -> None:
+        table = cache.table
+        check_positive("max_seq_len", max_seq_len)
+        self.lengths = list(table.lengths)
+        """Tokens of each row, known on the host."""
+        if max(self.lengths) > max_seq_len:
+            raise ValueError(f"max_seq_len: expected at least {max(self.lengths)}, the longest row, got {max_seq_len}")
+        room = [max_seq_len - length for length in self.lengths]
+        if cache._growable:
+            cache._grow(table.pages_needed(room) - table.num_free)
+        cache._copy_pages(table.extend(room))
+        cache._upload()
+        device = cache.geometry.device
+        self.max_seq_len = max_seq_len
+        self.geometry = cache.geometry
+        self.page_table = cache.page_table.clone()
+        self.seq_lens = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        self.layers = [StaticLayer(self, layer) for layer in cache.layers]
+        self._cache = cache
+        self._active = [length > 0 for length in self.lengths]
+        self._ones = torch.tensor(self._active, dtype=torch.int32, device=device)
+        self._added = self._ones
+        self._step = 0
+        self._budgets: dict[UniformBudget, Budget] = {}
+
+    def set_active(self, rows: Sequence[int]) -> None:
+        """Say which rows a step appends to; by default those that held tokens at first. Not during a capture."""
+        self._active = [row in set(rows) for row in range(len(self.lengths))]
+        self._ones.copy_(torch.tensor(self._active, dtype=torch.int32))
+
+    def free(self, row: int) -> None:
+        """Forget a row's tokens; its pages stay reserved for whoever takes its place."""
+        self.lengths[row] = 0
+        self.set_active([i for i, active in enumerate(self._active) if active and i != row])
+        self.seq_lens[row] = 0
+
+    def release(self) -> PagedKVCache:
+        """Hand the pages that were not needed back, and return the cache."""
+        for row, length in enumerate(self.lengths):
+            self._cache.table.truncate(row, length)
+        self._cache._upload()
+        return self._cache
+
+    def _check_room(self, added: Sequence[int]) -> None:
+        for row, (length, new) in enumerate(zip(self.lengths, added, strict=True)):
+            if length + new > self.max_seq_len:
+                raise ValueError(
+                    f"row {row} holds {length} of max_seq_len={self.max_seq_len} tokens: no room for {new}"
+                )
+
+    def _advance(self, added: Sequence[int]) -> None:
+        self._check_room(added)
+        self.lengths = [length + new for length, new in zip(self.lengths, added, strict=True)]
+
+    def _begin(self, new_tokens: Sequence[int] | None) -> None:
+        if new_tokens is None:
+            self._added = self._ones
+        else:
+            self._added = torch.tensor(list(new_tokens), dtype=torch.int32, device=self.geometry.device)
+        if not self._capturing():
+            self._advance([int(active) for active in self._active] if new_tokens is None else new_tokens)
+        self._step += 1
+        self._budgets = {}
+        self.seq_lens.add_(self._added)
+
+    def _budget(self, policy: UniformBudget) -> Budget:
+        if policy not in self._budgets:
+            self._budgets[policy] = policy.resolve(
+                self.seq_lens, self.geometry.num_kv_heads, max_seq_len=self.max_seq_len
+            )
+        return self._budgets[policy]
+
+    def _capturing(self) -> bool:
+        return self.geometry.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class DecodeGraph(Generic[Output]):
+    """A step over a `StaticCache`, captured once.
+
+    Args:
+        static: the cache that the step appends to and reads.
+        step: does one step, from inputs that lie in tensors of its own to an output that it returns. It must append in
+            every layer. It is called a few times before the capture, with no row active, to compile what it needs.
+
+    Attributes:
+        output: what `step` returned; its tensors hold the result of the latest replay.
+    """
+
+    def __init__(self, static: StaticCache, step: Callable[[], Output]) -> None:
+        self._static = static
+        self._graph = torch.cuda.CUDAGraph()
+        active = [row for row, on in enumerate(static._active) if on]
+        stream = torch.cuda.Stream(static.geometry.device)
+        stream.wait_stream(torch.cuda.current_stream(static.geometry.device))
+        with torch.cuda.stream(stream):
+            static.set_active([])
+            for _ in range(2):
+                step()
+            static.set_active(active)
+        torch.cuda.current_stream(static.geometry.device).wait_stream(stream)
+        torch.cuda.synchronize(static.geometry.device)
+        with torch.cuda.graph(self._graph):
+            self.output = step()
+
+    def replay(self) -> Output:
+        """Do a step. One token is appended to every active row.
+
+        Raises:
+            ValueError: a row has reached `max_seq_len`; nothing has changed.
+        """
+        self._static._advance([int(active) for active in self._static._active])
+        self._graph.replay()
+        return self.output
