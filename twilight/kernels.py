@@ -319,7 +319,14 @@ def compile_source(
     from cupy.cuda import compiler
 
     source = (folder("raw_kernels") / f"{stem}.cu").read_text()
-    options = (*_base_options(_options(stem, None)), f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", *extra_options)
+    options = (
+        *_base_options(_options(stem, None)),
+        f"-arch={arch}",
+        "-ftz=true",
+        "--device-as-default-execution-space",
+        "--ptxas-options=-v",
+        *extra_options,
+    )
     program = compiler._NVRTCProgram(source, f"{stem}.cu", name_expressions=tuple(expressions), method="cubin")
     log = io.StringIO()
     try:

@@ -37,6 +37,11 @@ class Selection:
         check_tensor("indices", self.indices, (None, None, None), dtype=torch.int32)
         check_tensor("lengths", self.lengths, self.indices.shape[:2], dtype=torch.int32, device=self.indices.device)
         check_positive("granularity", self.granularity)
+        # On a GPU this would wait for the device at every step.
+        if self.lengths.device.type == "cpu" and self.lengths.numel():
+            low, high = self.lengths.aminmax()
+            if low < 0 or high > self.capacity:
+                raise ValueError(f"lengths: expected 0 to {self.capacity}, the capacity, got {int(low)} to {int(high)}")
         if self.log_weight is not None:
             b, _, capacity = self.indices.shape
             device = self.indices.device

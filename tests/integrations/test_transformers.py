@@ -175,10 +175,13 @@ def test_p_can_change_between_runs_without_a_new_handle():
     kept = []
     with twilight.attach(model, Everything(), stats=True) as handle:
         for p in (0.5, 0.9, 1.0):
-            handle.attention.pruner = TopP(p)
+            handle.p = p
+            assert handle.attention.pruner == TopP(p)
             handle.stats().clear()
             model.generate(ids, past_key_values=handle.cache(), **GREEDY)
             kept.append(handle.stats().summary()[0]["b1_query"]["mean"])
+        with pytest.raises(ValueError, match="p: expected a float in"):
+            handle.p = 1.5
     assert kept[0] < kept[1] < kept[2]
 
 

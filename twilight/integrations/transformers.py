@@ -39,7 +39,7 @@ class Handle:
     """What `attach` returns: makes caches, keeps stats, and takes Twilight off again.
 
     Attributes:
-        attention: selector, pruner and budget; its `pruner` may be replaced between runs, to change p in place.
+        attention: selector, pruner and budget.
         layers: for each layer number, ``"sparse"`` or why it is dense.
     """
 
@@ -55,6 +55,21 @@ class Handle:
         self._detached = False
         self._coming: dict[int, tuple[TwilightLayer, torch.Tensor]] = {}
         self._mask: tuple[torch.Tensor | None, tuple[int, int], torch.Tensor | None] = (None, (0, 0), None)
+
+    @property
+    def p(self) -> float:
+        """The mass that top-p keeps; set it to change p between runs."""
+        if not isinstance(self.attention.pruner, TopP):
+            raise AttributeError(f"p: this handle prunes with {self.attention.pruner!r}")
+        return self.attention.pruner.p
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.attention.pruner = TopP(value)
+
+    def __repr__(self) -> str:
+        attention = self.attention
+        return f"<twilight.Handle: {attention.selector!r}, {attention.pruner!r}, {'; '.join(self.explain())}>"
 
     def cache(self) -> TwilightCache:
         """Return an empty cache for ``generate(..., past_key_values=...)``; one for each batch of sequences."""
