@@ -8,7 +8,7 @@ COMPAT ?= 4.57.6
 COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format types pytest compat demo doctor clean
+.PHONY: help venv test lint format types pytest compat compile demo doctor clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ compat-%: .compat/%/.installed
 	echo "import site; site.addsitedir('$$site')" > $$(.compat/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
 	$(BIN)/python -m pip --python .compat/$*/bin/python install --quiet --disable-pip-version-check 'transformers==$*'
 	@touch $@
+
+compile: $(STAMP)  ## compile every CUDA kernel for sm_80 and sm_90, which needs no GPU; not part of `make test`
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda13]'
+	$(BIN)/python -m twilight.kernels compile --arch sm_80 sm_90
 
 demo: $(STAMP)  ## decode a long prompt with the small model, and show what that saved
 	$(BIN)/python examples/decode.py selector=quest p=0.95 task.plot=outputs/budget.png

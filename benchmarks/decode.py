@@ -372,7 +372,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "cupy": cupy.__version__},
         "raw_kernels": kernels.source_hash(),
         "date": time.strftime("%Y-%m-%d"),
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": {name: value.name if isinstance(value, Path) else value for name, value in vars(args).items()},
         "cells": cells,
     }
     out = args.out or Path(__file__).parent / "results" / f"decode-{result['gpu'].replace(' ', '-').lower()}.json"
