@@ -62,9 +62,14 @@ def prompt_with_facts(num_tokens: int, num_facts: int, seed: int, tokenizer: Any
     """
     if num_tokens < 1:
         raise ValueError(f"task.prompt_tokens: expected at least 1, got {num_tokens}")
+    if num_facts < 1:
+        raise ValueError(f"task.num_facts: expected at least 1, got {num_facts}")
     sample = build_fact_prompt(_SAMPLE_BYTES, 1, seed)
     per_byte = len(tokenizer(sample.context.decode())["input_ids"]) / _SAMPLE_BYTES
-    facts: FactPrompt = build_fact_prompt(max(1, int(num_tokens / per_byte)), num_facts, seed)
+    try:
+        facts: FactPrompt = build_fact_prompt(max(1, int(num_tokens / per_byte)), num_facts, seed)
+    except ValueError as error:
+        raise ValueError(f"task.prompt_tokens: {num_tokens} with task.num_facts={num_facts}: {error}") from error
     ids = tokenizer(facts.context.decode())["input_ids"]
     texts = [question.decode() for question in facts.questions]
     answers = [answer.decode() for answer in facts.answers]
