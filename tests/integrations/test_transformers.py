@@ -331,7 +331,7 @@ def test_a_cache_of_a_detached_handle_is_refused():
     handle.detach()
     for cache in (before, used):
         with pytest.raises(UnsupportedModelError, match="the handle that made this cache is detached"):
-            model.generate(ids, past_key_values=cache, **GREEDY)
+            model(ids, past_key_values=cache)
     with (
         twilight.attach(model, Everything()),
         pytest.raises(UnsupportedModelError, match="the handle that made this cache is detached"),
