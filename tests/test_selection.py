@@ -117,3 +117,10 @@ def test_refuses_tensors_that_do_not_fit_together() -> None:
         Selection(indices, lengths.to("meta"))
     with pytest.raises(ValueError, match="log_weight: expected device cpu, got meta"):
         Selection(indices, lengths, log_weight=torch.zeros(2, 6, 4, device="meta"))
+
+
+@pytest.mark.parametrize("length", [-1, 4])
+def test_lengths_outside_the_capacity_are_refused(length: int) -> None:
+    indices = torch.zeros(1, 1, 3, dtype=torch.int32)
+    with pytest.raises(ValueError, match="lengths: expected 0 to 3, the capacity, got"):
+        Selection(indices, torch.tensor([[length]], dtype=torch.int32))
