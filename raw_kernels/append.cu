@@ -16,8 +16,8 @@ struct AppendParams {
   const int* page_table;  // [b, max_pages]
   const int* seq_lens;    // [b], the new tokens counted
   const int* new_tokens;  // [b]
-  u8* high;               // Native: [pages, Hkv, d] maxima; Packed: [pages, Hkv, 2d + 4]
-  u8* low;                // Native: [pages, Hkv, d] minima
+  u8* high;               // Native: [pages, Hkv, d] maxima; Packed: [pages, Hkv, 2d] codes, maxima first
+  u8* low;                // Native: [pages, Hkv, d] minima; Packed: [pages, Hkv, 2] halves, scale and zero
   long long k_strides[3];  // elements between sequences, tokens and heads
   long long v_strides[3];
   int batch;
@@ -203,12 +203,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
       codes[c / 4] |= static_cast<u32>(up) << (8 * (c % 4));
       codes[2 + c / 4] |= static_cast<u32>(down) << (8 * (c % 4));
     }
-    // Records are 4-byte aligned.
-    u32* record = reinterpret_cast<u32*>(p.high + place * (2 * D + 4));
     if (which == 0) {
-      record[channel / 4] = codes[0], record[channel / 4 + 1] = codes[1];
-      record[(D + channel) / 4] = codes[2], record[(D + channel) / 4 + 1] = codes[3];
-      if (part == 0) record[2 * D / 4] = half_bits(scale) | half_bits(zero) << 16;
+      u8* const stored = p.high + place * (2 * D) + channel;
+      *reinterpret_cast<uint2*>(stored) = make_uint2(codes[0], codes[1]);
+      *reinterpret_cast<uint2*>(stored + D) = make_uint2(codes[2], codes[3]);
+      if (part == 0) reinterpret_cast<u32*>(p.low)[place] = half_bits(scale) | half_bits(zero) << 16;
     }
   }
 }

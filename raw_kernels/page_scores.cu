@@ -2,19 +2,20 @@
 //
 // As max(q*M, q*m) = relu(q)*M + min(q, 0)*m, the bound is a dot product of length 2d, so it runs on tensor cores: 16 pages are the rows of
 // a tile, query heads its columns. A block scores tiles of 16 pages for H neighbouring kv heads of one sequence, a warp a head; the heads of
-// a page lie side by side, H records of 2d + 4 bytes (INT8) or H times d values in each of two tensors (native). Every block takes an equal,
-// contiguous share of all sequences' tiles, found on the device from their lengths; the grid is what fits the GPU at once.
+// a page lie side by side, H times 2d codes and H pairs of halves (INT8) or H times d values in each of two tensors (native). Every block takes an
+// equal, contiguous share of all sequences' tiles, found on the device from their lengths; the grid is what fits the GPU at once.
 // Floor: 2d + 4 bytes (INT8) or 4d bytes (native) a page and kv head, plus 4 bytes a page and query head: 260 + 16 at d=128, G=4.
 //
-// A record of 2d + 4 bytes is only 4-byte aligned, but H = 4 or 8 of them are 16-byte aligned: cp.async brings whole pages into shared memory, and
-// the fragments are read from there by 32-bit words. Page rows are an odd multiple of 16 bytes apart, so 8 rows x 4 words meet 32 banks.
+// cp.async brings whole pages into shared memory, the codes of all H heads and then their pairs of halves, and the fragments are read from there by
+// 32-bit words. Page rows are an odd multiple of 16 bytes apart, so 8 rows x 4 words meet 32 banks.
 // INT8 reads the query as s * (a + r / 254), two s8 numbers a channel (see spgemv.cu); native metadata meets the query in its own type.
 #include "mma.cuh"
 
 struct PageScoresParams {
   const void* q;          // [b, Hq, d] half or bf16
-  const u8* high;         // [pages, Hkv, 2d + 4] u8: max codes, min codes, half scale, half zero; native: [pages, Hkv, d], the maxima
+  const u8* high;         // u8: [pages, Hkv, 2d], codes of the maxima, then of the minima; native: [pages, Hkv, d], the maxima
   const u8* low;          // native: [pages, Hkv, d], the minima
+  const u32* params;      // u8: [pages, Hkv], half scale and half zero
   const int* page_table;  // [b, max_pages]
   const int* seq_lens;    // [b]
   float* out;             // [b, Hq, num_pages], -inf behind a sequence's end
@@ -39,7 +40,7 @@ constexpr bool kIsInt8 = sizeof(T) == 1;
 template <typename T, int D, int Tiles, int kStages>
 __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) page_scores(const __grid_constant__ PageScoresParams p) {
   constexpr int kPart = D * sizeof(T);                        // bytes of the maxima
-  constexpr int kRecord = 2 * kPart + (kIsInt8<T> ? 4 : 0);   // bytes of a page and head
+  constexpr int kRecord = kIsInt8<T> ? 2 * kPart : kPart;     // bytes of a page and head that lie together
   constexpr int kSteps = 2 * kPart / 32;                      // mma: 32 bytes deep for either type
   constexpr int kHeads = kIsInt8<T> ? 4 * Tiles : 8 * Tiles;  // query heads that the columns hold
   extern __shared__ __align__(16) u32 s_pages[];              // [kStages][kTile][page_words]
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
   }
   Cursor ahead = here;
   const int copiers = 2 * heads, copy_row = threadIdx.x / copiers, copy_lane = threadIdx.x % copiers;
-  const int run = heads * (kIsInt8<T> ? kRecord : kPart);  // contiguous bytes of these heads in a page
+  const int run = heads * kRecord;  // contiguous bytes of these heads in a page
   int next_page = -1, next_set = 0;
   const auto look_up = [&]() {
     const int logical = (ahead.tile - ahead.row_begin) * kTile + copy_row;
@@ -100,15 +101,13 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
   const auto fetch = [&](int stage) {
     if (next_page >= 0) {
       u8* row = reinterpret_cast<u8*>(s_pages + (stage * kTile + copy_row) * p.page_words);
-      const long long at = (static_cast<long long>(next_page) * p.kv_heads + next_set * heads) * (kIsInt8<T> ? kRecord : kPart);
-      if (run % 16 == 0) {
-        for (int i = copy_lane * 16; i < run; i += copiers * 16) {
-          cp_async16(row + i, p.high + at + i);
-          if constexpr (!kIsInt8<T>) cp_async16(row + run + i, p.low + at + i);
-        }
-      } else {
-        for (int i = copy_lane * 4; i < run; i += copiers * 4) cp_async4(row + i, p.high + at + i);
+      const long long place = static_cast<long long>(next_page) * p.kv_heads + next_set * heads, at = place * kRecord;
+      for (int i = copy_lane * 16; i < run; i += copiers * 16) {
+        cp_async16(row + i, p.high + at + i);
+        if constexpr (!kIsInt8<T>) cp_async16(row + run + i, p.low + at + i);
       }
+      if constexpr (kIsInt8<T>)
+        if (copy_lane < heads) cp_async4(row + run + 4 * copy_lane, p.params + place + copy_lane);
     }
     cp_async_commit();
     look_up();
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
       read_query(first_head);
     }
     const u32* s_tile = s_pages + i % kStages * kTile * p.page_words;
-    const u32* row0 = s_tile + gid * p.page_words + warp_id() * ((kIsInt8<T> ? kRecord : kPart) / 4) + tig;
+    const u32* row0 = s_tile + gid * p.page_words + warp_id() * (kRecord / 4) + tig;
     const u32* row1 = row0 + 8 * p.page_words;
     const int page0 = (here.tile - here.row_begin) * kTile + gid;
     if constexpr (kIsInt8<T>) {
@@ -217,7 +216,8 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) mma_u8s8(sum[t], a0, a1, a2, a3, b[t][s][0], b[t][s][1]);
       }
-      const float2 params0 = unpack2<half>(row0[2 * D / 4 - tig]), params1 = unpack2<half>(row1[2 * D / 4 - tig]);
+      const u32* const pair = s_tile + gid * p.page_words + run / 4 + warp_id();
+      const float2 params0 = unpack2<half>(pair[0]), params1 = unpack2<half>(pair[8 * p.page_words]);
       if constexpr (Tiles == 1) {
         // Heads lie in tig 0 and 1, residuals in tig 2 and 3: two shuffles, then tig 0 and 1 own row gid, 2 and 3 row gid + 8.
         const bool upper = tig >= 2;

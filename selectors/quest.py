@@ -21,7 +21,6 @@ from typing import ClassVar
 import torch
 
 from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
-from twilight.ops.page_scores import bounds_bytes
 
 
 @dataclass
@@ -46,7 +45,8 @@ class Quest(Selector):
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
         if self.metadata_type == "int8":
-            return (MetadataSpec("bounds", (bounds_bytes(geometry.head_dim),), torch.uint8),)
+            return (MetadataSpec("bounds", (2 * geometry.head_dim,), torch.uint8),
+                    MetadataSpec("bounds_params", (2,), torch.float16))  # fmt: skip
         return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype),
                 MetadataSpec("min", (geometry.head_dim,), geometry.dtype))  # fmt: skip
 
@@ -55,7 +55,7 @@ class Quest(Selector):
         page_max = keys.masked_fill(empty, -torch.inf).amax(2)
         page_min = keys.masked_fill(empty, torch.inf).amin(2)
         if self.metadata_type == "int8":
-            return {"bounds": ops.quantize_bounds(page_max, page_min)}
+            return dict(zip(("bounds", "bounds_params"), ops.quantize_bounds(page_max, page_min), strict=True))
         return {"max": page_max, "min": page_min}
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:

@@ -7,7 +7,6 @@ import torch
 
 from tests.ops.test_spgemv_gpu import pytestmark  # noqa: F401
 from twilight import ops
-from twilight.ops.page_scores import bounds_bytes
 from twilight.ops.quantize import shadow_bytes
 
 
@@ -21,7 +20,10 @@ class Pool:
         self.bounds = {
             "none": (),
             "native": tuple(torch.zeros(pages, heads, dim, dtype=dtype, device="cuda") for _ in range(2)),
-            "int8": (torch.zeros(pages, heads, bounds_bytes(dim), dtype=torch.uint8, device="cuda"),),
+            "int8": (
+                torch.zeros(pages, heads, 2 * dim, dtype=torch.uint8, device="cuda"),
+                torch.zeros(pages, heads, 2, dtype=torch.float16, device="cuda"),
+            ),
         }[bounds]
         torch.manual_seed(1)
         self.table = (torch.randperm(pages - 1, device="cuda") + 1).view(b, width).int()

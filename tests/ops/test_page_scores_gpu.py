@@ -11,7 +11,7 @@ from twilight import ops
 
 def bounds_of(paged, packed):
     page_max, page_min = paged.k_pages.amax(2), paged.k_pages.amin(2)
-    return (ops.quantize_bounds(page_max, page_min),) if packed else (page_max, page_min)
+    return ops.quantize_bounds(page_max, page_min) if packed else (page_max, page_min)
 
 
 def both(paged, bounds):

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from twilight import kernels
-from twilight.ops.page_scores import bounds_bytes, quantize_bounds
+from twilight.ops.page_scores import quantize_bounds
 from twilight.ops.paging import locate
 from twilight.ops.quantize import quantize, split_shadow
 from twilight.pages import NULL_PAGE
@@ -63,7 +63,7 @@ def append(
         seq_lens: `[b]` int32, the new tokens counted.
         new_tokens: `[b]` int32.
         bounds: channel-wise bounds of each page's keys, to be brought up to date: `(page_max, page_min)` or
-            `(records,)`, see `twilight.ops.page_scores`; none by default.
+            `(codes, params)`, see `twilight.ops.page_scores`; none by default.
         backend: which implementation. The kernel takes half and bfloat16, and d of 64, 128 or 256.
     """
     tensors = (k, v, k_pages, v_pages, shadow, page_table, seq_lens, new_tokens)
@@ -124,10 +124,8 @@ def _update_bounds(
     filled = (filled | ~touched.unsqueeze(-1))[:, :, None, :, None]
     page_max = keys.masked_fill(~filled, -torch.inf).amax(3)
     page_min = keys.masked_fill(~filled, torch.inf).amin(3)
-    if len(bounds) == 1:
-        bounds[0][pages] = quantize_bounds(page_max, page_min)
-    else:
-        bounds[0][pages], bounds[1][pages] = page_max, page_min
+    packed = bounds[0].dtype == torch.uint8
+    bounds[0][pages], bounds[1][pages] = quantize_bounds(page_max, page_min) if packed else (page_max, page_min)
 
 
 def _unsupported(
@@ -146,9 +144,7 @@ def _unsupported(
         return f"page_size is {k_pages.shape[2]}; the kernel needs a multiple of 4"
     if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *bounds)):
         return "pages, shadow or bounds are not contiguous"
-    if len(bounds) == 1 and bounds[0].shape[-1] != bounds_bytes(k.shape[-1]):
-        return f"records have {bounds[0].shape[-1]} bytes"
-    if len(bounds) == 2 and bounds[0].dtype != k.dtype:
+    if bounds and bounds[0].dtype not in (torch.uint8, k.dtype):
         return f"bounds are {bounds[0].dtype}, keys {k.dtype}"
     return None
 
@@ -170,8 +166,9 @@ def _cuda(
     k, v = (t if t.stride(-1) == 1 and _aligned(t) else t.contiguous() for t in (k, v))
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
-    kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {(0, 2, 1)[len(bounds)]}>", device=k.device)
-    places = [part.data_ptr() for part in bounds] + [None] * (2 - len(bounds))
+    kind = 0 if not bounds else 2 if bounds[0].dtype == torch.uint8 else 1
+    kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {kind}>", device=k.device)
+    places: list[int | None] = [part.data_ptr() for part in bounds] or [None, None]
     params = AppendParams(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(), page_table.data_ptr(),
         seq_lens.data_ptr(), new_tokens.data_ptr(), *places, k.stride()[:3], v.stride()[:3],

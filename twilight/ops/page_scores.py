@@ -5,11 +5,10 @@ With the maximum M and the minimum m of a page's keys in every channel,
 
     U(page) = sum_c max(q_c * M_c, q_c * m_c) = relu(q) . M + min(q, 0) . m  >=  q . k   for every key k of the page.
 
-The bounds are kept as they are, or in 8 bits, `2*d + 4` bytes of one (page, kv head):
+The bounds are kept as they are, or in 8 bits, in two tensors, so that a page's codes lie on 16-byte boundaries:
 
-    d bytes      codes of the maxima, rounded up
-    d bytes      codes of the minima, rounded down
-    2 halves     (scale, zero), shared by both: M <= scale * code + zero, and m >= scale * code + zero
+    codes   [pages, Hkv, 2*d] uint8    d codes of the maxima, rounded up, then d of the minima, rounded down
+    params  [pages, Hkv, 2] float16    (scale, zero), shared by both: M <= scale * code + zero, m >= scale * code + zero
 
     zero  = fp16 of the smallest minimum, rounded down
     scale = fp16 of (largest maximum - zero) / 255, rounded up, at least 2**-14
@@ -35,7 +34,7 @@ _HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
 _STAGES = 3
 _WARPS_PER_SM = 16
 _RUN = 2080
-"""Bytes of a page that a block takes at most: 8 INT8 records at d=128. Three stages then fit the 99 KB of sm_86 and
+"""Bytes of a page that a block takes at most: 8 heads in INT8 at d=128. Three stages then fit the 99 KB of sm_86 and
 sm_89.
 """
 
@@ -44,7 +43,7 @@ class PageScoresParams(ctypes.Structure):
     """Mirrors the struct of raw_kernels/page_scores.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("q", "high", "low", "page_table", "seq_lens", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "high", "low", "params", "page_table", "seq_lens", "out")),
         *((name, ctypes.c_int) for name in (
             "q_is_bf16", "kv_heads", "group", "max_pages", "num_pages", "page_size", "rows", "even",
             "page_words",
@@ -59,19 +58,15 @@ INSTANTIATIONS = tuple(
 )  # fmt: skip
 
 
-def bounds_bytes(head_dim: int) -> int:
-    """Return the bytes of the 8-bit bounds of one page of one kv head."""
-    return 2 * head_dim + 4
-
-
-def quantize_bounds(page_max: torch.Tensor, page_min: torch.Tensor) -> torch.Tensor:
-    """Pack bounds into 8 bits.
+def quantize_bounds(page_max: torch.Tensor, page_min: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise bounds to 8 bits.
 
     Args:
         page_max, page_min: `[..., d]` of any floating point type.
 
     Returns:
-        `[..., 2*d + 4]` uint8, laid out as above. A NaN gives a NaN scale, so that it shows in the page's score.
+        `(codes, params)`, `[..., 2*d]` uint8 and `[..., 2]` float16, as above. A NaN gives a NaN scale, so that it
+        shows in the page's score.
     """
     check_tensor("page_max", page_max, dtype=FLOAT_DTYPES)
     check_tensor("page_min", page_min, page_max.shape, dtype=page_max.dtype)
@@ -88,12 +83,11 @@ def quantize_bounds(page_max: torch.Tensor, page_min: torch.Tensor) -> torch.Ten
     low_code = ((low - z) / s).floor().clamp(0, 255)
     low_code = (low_code - (s * low_code + z > low).float()).clamp(min=0)
     codes = torch.cat([high_code, low_code], dim=-1).nan_to_num(0).to(torch.uint8)
-    return torch.cat([codes, torch.cat([scale, zero], dim=-1).view(torch.uint8)], dim=-1)
+    return codes, torch.cat([scale, zero], dim=-1)
 
 
-def dequantize_bounds(records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bounds `(page_max, page_min)`, `[..., d]` float32 each, that 8-bit records stand for."""
-    codes, params = records[..., :-4], records[..., -4:].contiguous().view(torch.float16)
+def dequantize_bounds(codes: torch.Tensor, params: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bounds `(page_max, page_min)`, `[..., d]` float32 each, that `codes` and `params` stand for."""
     scale, zero = params.float().unsqueeze(-2).unbind(-1)
     high, low = (codes.float() * scale + zero).chunk(2, dim=-1)
     return high, low
@@ -129,7 +123,8 @@ def page_scores(
 
     Args:
         q: `[b, Hq, d]`.
-        bounds: `(page_max, page_min)`, `[pages, Hkv, d]` each, or `(records,)`, `[pages, Hkv, 2*d + 4]` uint8.
+        bounds: `(page_max, page_min)`, `[pages, Hkv, d]` each, or `(codes, params)`, `[pages, Hkv, 2*d]` uint8 and
+            `[pages, Hkv, 2]` float16.
         page_table: `[b, max_pages]` int32.
         seq_lens: `[b]` int32.
         page_size: P.
@@ -142,13 +137,14 @@ def page_scores(
     check_tensor("q", q, (seq_lens.shape[0], None, None), dtype=FLOAT_DTYPES)
     check_positive("page_size", page_size)
     dim = q.shape[-1]
-    if len(bounds) == 1:
-        check_tensor("bounds[0]", bounds[0], (None, None, bounds_bytes(dim)), dtype=torch.uint8)
-    elif len(bounds) == 2:
+    if len(bounds) != 2:
+        raise ValueError(f"bounds: expected (page_max, page_min) or (codes, params), got {len(bounds)} tensors")
+    if _packed(bounds):
+        check_tensor("bounds[0]", bounds[0], (None, None, 2 * dim))
+        check_tensor("bounds[1]", bounds[1], (*bounds[0].shape[:2], 2), dtype=torch.float16)
+    else:
         check_tensor("bounds[0]", bounds[0], (None, None, dim), dtype=FLOAT_DTYPES)
         check_tensor("bounds[1]", bounds[1], bounds[0].shape, dtype=bounds[0].dtype)
-    else:
-        raise ValueError(f"bounds: expected (page_max, page_min) or (records,), got {len(bounds)} tensors")
     if q.shape[1] % bounds[0].shape[1]:
         raise ValueError(f"q: expected a multiple of {bounds[0].shape[1]} heads, got {q.shape[1]}")
     if kernels.use_kernel(backend, q.device, _unsupported(q, bounds)):
@@ -156,15 +152,20 @@ def page_scores(
     return _torch(q, bounds, page_table, seq_lens, page_size)
 
 
+def _packed(bounds: Sequence[torch.Tensor]) -> bool:
+    return bounds[0].dtype == torch.uint8
+
+
 def _torch(
     q: torch.Tensor, bounds: Sequence[torch.Tensor], page_table: torch.Tensor, seq_lens: torch.Tensor, page_size: int
 ) -> torch.Tensor:
     grouped = q.float().unflatten(1, (bounds[0].shape[1], -1))
-    gathered = tuple(part[page_table.long()] for part in bounds)
-    if len(gathered) == 1:
-        gathered = dequantize_bounds(gathered[0])
+    first, second = (part[page_table.long()] for part in bounds)
     # [b, Hkv, d, max_pages]; accumulated in float32, because 128 products of halves overflow one.
-    high, low = (part.permute(0, 2, 3, 1).float() for part in gathered)
+    high, low = (
+        part.permute(0, 2, 3, 1).float()
+        for part in (dequantize_bounds(first, second) if _packed(bounds) else (first, second))
+    )
     scores = (grouped.clamp(min=0) @ high + grouped.clamp(max=0) @ low).flatten(1, 2)
     num_pages = (seq_lens + page_size - 1) // page_size
     past = torch.arange(scores.shape[-1], device=q.device) >= num_pages[:, None, None]
@@ -179,7 +180,7 @@ def _unsupported(q: torch.Tensor, bounds: Sequence[torch.Tensor]) -> str | None:
         return f"head_dim is {q.shape[-1]}; the kernel is made for {', '.join(map(str, _DIMS))}"
     if q.shape[1] // bounds[0].shape[1] > 16:
         return f"a group has {q.shape[1] // bounds[0].shape[1]} query heads; the kernel takes up to 16"
-    if len(bounds) == 2 and bounds[0].dtype != q.dtype:
+    if not _packed(bounds) and bounds[0].dtype != q.dtype:
         return f"bounds are {bounds[0].dtype} and q is {q.dtype}"
     if not all(part.is_contiguous() for part in bounds):
         return "bounds are not contiguous"
@@ -192,10 +193,10 @@ def _cuda(
     b, q_heads, dim = q.shape
     kv_heads, num_pages = bounds[0].shape[1], page_table.shape[1]
     group = q_heads // kv_heads
-    packed = len(bounds) == 1
+    packed = _packed(bounds)
     out = torch.empty((b, q_heads, num_pages), dtype=torch.float32, device=q.device)
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
-    record = bounds_bytes(dim) if packed else 2 * dim * q.element_size()
+    record = 2 * dim + 4 if packed else 2 * dim * q.element_size()
     # As many heads a block as give it about 2 KB of each page: 33 KB for 16 pages.
     heads = next(h for h in (8, 4, 2, 1) if kv_heads % h == 0 and (h == 1 or h * record <= _RUN))
     quads = -(-heads * record // 16)
@@ -214,9 +215,9 @@ def _cuda(
         device=q.device,
     )
     params = PageScoresParams(
-        q.data_ptr(), bounds[0].data_ptr(), None if packed else bounds[1].data_ptr(), page_table.data_ptr(),
-        seq_lens.data_ptr(), out.data_ptr(), q.dtype == torch.bfloat16, kv_heads, group, num_pages, num_pages,
-        page_size, rows, b == 1, page_words,
+        q.data_ptr(), bounds[0].data_ptr(), None if packed else bounds[1].data_ptr(),
+        bounds[1].data_ptr() if packed else None, page_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
+        q.dtype == torch.bfloat16, kv_heads, group, num_pages, num_pages, page_size, rows, b == 1, page_words,
     )  # fmt: skip
     kernel.launch((blocks, 1, 1), (32 * heads, 1, 1), params, smem)
     return out
