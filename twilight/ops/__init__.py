@@ -2,6 +2,7 @@
 
 from twilight.ops.append import append
 from twilight.ops.dense_attention import dense_attention, exact_logits
+from twilight.ops.fused_decode import fused_decode
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.quantize import dequantize, quantize
@@ -17,6 +18,7 @@ __all__ = [
     "dequantize_bounds",
     "estimate_scores",
     "exact_logits",
+    "fused_decode",
     "keep_all",
     "merge",
     "page_scores",
