@@ -7,14 +7,8 @@
 // S^T comes out as P goes in: no transpose.
 #pragma once
 
-#include "cluster.cuh"
-#include "mma.cuh"
+#include "fused_scores.cuh"
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ float finite_top(float m) { return m == -inf() ? 0.f : m; }  // keeps -inf - -inf out of exponents
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -29,6 +23,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
   float o[4 * kValuePieces][4] = {};
   top = -inf(), sum = 0.f;
   const int tiles = ceil_div(count, 16);
+#pragma unroll 1
   for (int tile = warp; tile < tiles; tile += kWarps) {
     uint4 keys[2][kKeyPieces], values[4][kValuePieces];
 #pragma unroll
@@ -66,7 +61,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         best = fmaxf(best, x[h][c]);
       }
     best = warp_max<4>(best);
-    const float shift = exp2_fast(top - finite_top(best));
+    const float shift = fast_exp2(top - finite_top(best));
     if (__any_sync(kFullMask, best > top)) {
       const float shift0 = __shfl_sync(kFullMask, shift, 8 * tig), shift1 = __shfl_sync(kFullMask, shift, 8 * tig + 4);
 #pragma unroll
@@ -78,7 +73,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) w[h][c] = exp2_fast(x[h][c] - base), sum += w[h][c];
+      for (int c = 0; c < 2; ++c) w[h][c] = fast_exp2(x[h][c] - base), sum += w[h][c];
     const u32 b0 = pack2<T>(w[0][0], w[0][1]), b1 = pack2<T>(w[1][0], w[1][1]);
 #pragma unroll
     for (int j = 0; j < kValuePieces; ++j)

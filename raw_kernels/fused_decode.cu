@@ -5,14 +5,15 @@
 // logits' way to memory and back, 8 bytes a candidate and query head, and five launches, each of which waits for its slowest block and
 // begins with loads that nothing hides: 35 of the 48 us that a step took at b=1, N=32k.
 //
-//     score    vectors [pages, Hkv, V*d] of this block's share of pages       -> scores in shared memory
-//     select   scores -> keys -> everybody; each block finds the threshold     -> its equal share of the best pages
-//     estimate 4-bit keys of those                                             -> logits in shared memory, fp16
-//     prune    histogram of mass, cut by one block a head                      -> the union's tokens, in order
-//     attend   the union in equal shares (kAttend), merged over the cluster    -> out, lse
+//     score    vectors [pages, Hkv, V*d], tiles of pages dealt to the blocks      -> scores, their maximum and sum
+//     select   keys to everybody, each block finds the threshold                  -> the best pages, dealt to the blocks
+//     estimate 4-bit keys of those                                                -> logits in fp16, their maximum and sum
+//     prune    histograms of mass, cut by one block a head                        -> the union's tokens of each block
+//     attend   each block over its own (kAttend), merged over the cluster         -> out, lse
 //
-// Without kAttend the list goes to memory: for large batches sparse_attention.cu, which balances over rows, is faster.
-// Two blocks a multiprocessor: while one searches, the other streams.
+// At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
+// turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
+// Where the list itself is asked for, pages are handed out in runs instead, so that it comes out in order.
 // Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
 #include "fused_attend.cuh"
 #include "fused_scores.cuh"
@@ -57,56 +58,48 @@ CHECK_PARAMS(FusedDecodeParams);
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxHeads = 8;
+// Tiles of 16 tokens that a warp has under way: as many as the registers of two blocks a multiprocessor hold.
+template <int D, int Tiles>
+constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : 2;
 
 // Where things lie in dynamic shared memory; `fused_decode.py` adds up the same.
 struct Layout {
-  // Scores of pages (float), then logits (half), then rows of K and V (int) and the warps' O (float).
-  int scores;
-  // Keys of all pages (u32), then who is kept (bytes).
-  int keys;
-  // This block's page numbers, then its candidates: logical and physical.
-  int list;
-  // Histograms.
-  int bins;
+  int scores;  // scores of pages (float), then logits (half), then rows of K and V (int), then the warps' O (float)
+  int keys;    // keys of all pages (u32), then who is kept (bytes)
+  int list;    // this block's page numbers, then its candidates: logical and physical
+  int bins;    // histograms
+  int query;   // the query's codes
+  int results;  // what other blocks have attended to: nobody may write there who does not know how far this block is
 
   __device__ Layout(const FusedDecodeParams& p, int dim, int vectors, bool attend, int blocks) {
     const int tokens = p.entry_share << p.page_shift;
     int size = 2 * p.group * tokens;
     if (vectors) size = max(size, 4 * p.group * p.page_share);
-    if (attend) size = max(max(size, 4 * tokens), 4 * (kWarps + 1) * p.group * dim);
+    if (attend) size = max(max(size, 4 * tokens), 4 * kWarps * p.group * dim);
     scores = 0, keys = scores + size;
-    size = p.group * tokens / 8;
+    size = tokens / 8;
     if (vectors) size = max(size, 4 * p.page_share * blocks);
     list = keys + ceil_div(size, 16) * 16;
     size = 8 * p.entry_share;
     if (vectors) size = max(size, 4 * p.page_share);
     bins = list + ceil_div(size, 16) * 16;
+    query = bins + bin_bytes(p, blocks), results = query + 6 * p.group * dim;
   }
+  __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) { return max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1)) * 4; }
 };
 
 template <typename T, int D, int Tiles, int Vectors, bool kAttend>
-__global__ void __launch_bounds__(kThreads, D == 256 && kAttend ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
+__global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
   extern __shared__ __align__(16) unsigned char smem[];
-  __shared__ SelectScratch<kThreads, kMaxHeads> s_select;
-  __shared__ TopPScratch<kMaxHeads, kMaxCluster> s_top_p;
-  __shared__ int s_scan[kWarps + 1];
-  __shared__ float s_warp_top[kWarps][kMaxHeads], s_warp_sum[kWarps][kMaxHeads];
-  __shared__ float2 s_state[kMaxHeads];
+  __shared__ SelectScratch<kThreads> s_select;
+  __shared__ TopPScratch<kMaxHeads> s_top_p;
+  __shared__ float2 s_warps[kWarps][kMaxHeads], s_blocks[2][kMaxCluster][kMaxHeads];
+  __shared__ float s_step[kMaxHeads], s_sum[kMaxHeads];
+  __shared__ int s_scan[kWarps], s_totals[kMaxCluster];
   const AnyCluster cluster;
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
   const int lane = lane_id(), warp = warp_id();
-  const int seq_len = p.seq_lens[batch], page_size = 1 << p.page_shift;
-  const int real = min(ceil_div(seq_len, page_size), p.max_pages);
-  const int first_head = row * p.group;
-  if (real <= 0) {  // the whole cluster leaves
-    if (rank == 0 && threadIdx.x == 0) p.kept_lengths[row] = p.candidate_lengths[row] = 0;
-    if (rank == 0 && threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = 0, p.mass[first_head + threadIdx.x] = 0.f;
-    if constexpr (kAttend) {
-      if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
-      for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
-    }
-    return;
-  }
+  const int page_size = 1 << p.page_shift, first_head = row * p.group;
   const Layout layout(p, D, Vectors, kAttend, blocks);
   float* const scores = reinterpret_cast<float*>(smem + layout.scores);
   half* const logits = reinterpret_cast<half*>(smem + layout.scores);
@@ -116,175 +109,209 @@ __global__ void __launch_bounds__(kThreads, D == 256 && kAttend ? 1 : 2) fused_d
   int* const physical = logical + p.entry_share;
   u32* const bins = reinterpret_cast<u32*>(smem + layout.bins);
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
-  const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
-  // ---- which pages ----
+  // ---- everything that can be asked for before anything is known ----
+  const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
+  u32 raw[D / 64];
+  if (warp < p.group) {
+#pragma unroll
+    for (int i = 0; i < D / 64; ++i) raw[i] = reinterpret_cast<const u32*>(q + warp * D)[lane * (D / 64) + i];
+  }
+  const int seq_len = p.seq_lens[batch];
   const int budget = Vectors ? min(p.page_budget[row], p.capacity) : p.capacity;
-  int taken = min(real, budget), before, entries;
+  const int guess = global_page(cluster, threadIdx.x);
+  const int guessed = Vectors && guess < p.max_pages ? table[guess] : 0;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = 0;
+
+  const int real = min(ceil_div(seq_len, page_size), p.max_pages);
+  if (real <= 0) {  // the whole cluster leaves
+    if (rank == 0 && threadIdx.x == 0) p.kept_lengths[row] = p.candidate_lengths[row] = 0;
+    if (rank == 0 && threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = 0, p.mass[first_head + threadIdx.x] = 0.f;
+    if constexpr (kAttend) {
+      if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
+#pragma unroll 1
+      for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
+    }
+    return;
+  }
+  const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
+  query.quantize<D>(raw, p.q_is_bf16);
+
+  // ---- which pages ----
+  int taken = min(real, budget), entries;
+  const bool runs = p.kept != nullptr;
   bool chosen = false;
+  constexpr int kOwned = HeadScale<Tiles>::kOwned;
   if constexpr (Vectors != 0) {
     if (budget < real) {
       chosen = true;
-      // Pages in equal shares of whole tiles.
-      const int share = ceil_div(ceil_div(real, kTile), blocks) * kTile, first = min(rank * share, real), count = min(share, real - first);
-      for (int i = threadIdx.x; i < count; i += kThreads) logical[i] = table[first + i];
+      const int tiles = ceil_div(real, kTile);
+      const int count = cluster.share(tiles) * kTile - (cluster.owner(tiles - 1) == rank ? tiles * kTile - real : 0);
+#pragma unroll 1
+      for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(logical + i, table + global_page(cluster, i));
+      if (threadIdx.x < count) logical[threadIdx.x] = guessed;
+      cp_async_commit(), cp_async_wait<0>();
       __syncthreads();
+      float2 state[kOwned];
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
       if (count > 0) {
-        score_pages<D, Vectors, Tiles, kWarps>(q, p.q_is_bf16, p.group, p.codes, p.code_params, logical, count, p.kv_heads, kv_head,
-                                               [&](int page, int g, float score) { scores[g * p.page_share + page] = score; });
+        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, logical, count, p.kv_heads, kv_head, [&](int page, int g, int nth, float score) {
+          if (g < p.group && page < p.page_share) scores[g * p.page_share + page] = score;
+          include(state[nth], score);
+        });
       }
+      join_lanes<Tiles>(state, s_warps[warp]);
       __syncthreads();
-      combine_heads<kThreads, kMaxHeads>(cluster, s_select, scores, p.page_share, count, first, p.group, p.sm_scale * kLog2e, p.reduce, keys);
-      entries = best_pages<kThreads, kMaxHeads>(cluster, s_select, keys, real, budget, reinterpret_cast<int*>(bins), logical, taken, before);
-      __syncthreads();
+      float2 all = join_parts<kMaxHeads>(s_warps[0], kWarps);
+      if (blocks > 1) {
+#pragma unroll 1
+        for (int r = warp; r < blocks; r += kWarps) {
+          if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + lane, r), all);
+        }
+        cluster.sync();
+        all = join_parts<kMaxHeads>(s_blocks[0][0], blocks);
+      }
+      share_keys<kThreads, 4 * Tiles>(cluster, s_select, scores, p.page_share, count, real, p.group, all, p.reduce, keys);
+      entries = best_pages<kThreads>(cluster, s_select, keys, real, budget, runs, reinterpret_cast<int*>(bins), table, logical, physical, taken);
     }
   }
-  if (!chosen) {  // all of them, or the first ones for a budget that no selector filled
-    const int per_block = ceil_div(taken, blocks);
-    before = min(rank * per_block, taken), entries = min(per_block, taken - before);
-    for (int i = threadIdx.x; i < entries; i += kThreads) logical[i] = before + i;
-    __syncthreads();
-  }
-  for (int i = threadIdx.x; i < entries; i += kThreads) {
-    physical[i] = table[logical[i]];
-    if (p.candidates) p.candidates[static_cast<long long>(row) * p.capacity + before + i] = logical[i];
+  const int per_block = (taken + blocks - 1) >> cluster.shift;
+  const int before = rank * per_block;  // with runs, the entries of the blocks before
+  if (!chosen) {                        // all of them, or the first ones for a budget that no selector filled
+    entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const int page = runs ? before + i : cluster.nth(i);
+      logical[i] = page;
+      cp_async4(physical + i, table + page);
+    }
+    cp_async_commit(), cp_async_wait<0>();
   }
   if (rank == 0 && threadIdx.x == 0) p.candidate_lengths[row] = taken;
   __syncthreads();
+  if (p.candidates) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < entries; i += kThreads) p.candidates[static_cast<long long>(row) * p.capacity + before + i] = logical[i];
+  }
 
   // ---- logits ----
   const int pitch = p.entry_share << p.page_shift, size = entries << p.page_shift;
   {
-    constexpr int kNth = Tiles == 1 ? 2 : Tiles;  // heads of a lane
-    float top[kNth];
+    float2 state[kOwned];
 #pragma unroll
-    for (int i = 0; i < kNth; ++i) top[i] = -inf();
-    score_tokens<D, Tiles, kWarps, (D == 256 ? 2 : 4)>(q, p.q_is_bf16, p.group, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head,
-                                      [&](int slot, int g, int nth, float logit) {
-                                        const half rounded = to_half_clamped(logit);
-                                        logits[g * pitch + slot] = rounded;
-                                        top[nth] = max_nan(top[nth], to_float(rounded));
-                                      });
-    // Lanes of one tig have the same heads, and with one column tile those of tig ^ 2 too.
-#pragma unroll
-    for (int i = 0; i < kNth; ++i) {
-      float x = top[i];
-#pragma unroll
-      for (int distance = kWarp / 2; distance >= (Tiles == 1 ? 2 : 4); distance /= 2) x = max_nan(x, __shfl_xor_sync(kFullMask, x, distance));
-      const int g = Tiles == 1 ? 2 * lane + i : 8 * (i / 2) + 2 * lane + i % 2;
-      if (lane < (Tiles == 1 ? 2 : 4) && g < kMaxHeads) s_warp_top[warp][g] = x;
-    }
-    __syncthreads();
-    if (threadIdx.x < p.group) {
-      float x = -inf();
-      for (int w = 0; w < kWarps; ++w) x = max_nan(x, s_warp_top[w][threadIdx.x]);
-      s_top_p.top[threadIdx.x] = x;
-    }
+    for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
+    score_tokens<D, Tiles, kWarps, kTokenBatch<D, Tiles>>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head,
+                                                   [&](int slot, int g, int nth, float logit) {
+                                                     const half rounded = to_half_clamped(logit);
+                                                     if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
+                                                     include(state[nth], to_float(rounded));
+                                                   });
+    join_lanes<Tiles>(state, s_warps[warp]);
   }
+  __syncthreads();
 
   // ---- top-p ----
-  find_edges<kThreads, kMaxHeads, kMaxCluster>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, bins, sums);
-  int run_begin, run_end;
-  int at = mark_kept<kThreads, kMaxHeads, kMaxCluster>(cluster, s_top_p, logits, pitch, size, p.group, p.bins_per_nat, keep, s_scan, run_begin, run_end);
-  cluster.sync();
-  int kept_row = 0;
-  for (int r = 0; r < blocks; ++r) {
-    at += r < rank ? s_top_p.totals[r] : 0;
-    kept_row += s_top_p.totals[r];
-  }
-  if (rank == 0) {
-    if (threadIdx.x < p.group) {
-      int count = 0;
-      for (int r = 0; r < blocks; ++r) count += s_top_p.counts[r][threadIdx.x];
-      p.per_query_head[first_head + threadIdx.x] = count;
-      p.mass[first_head + threadIdx.x] = s_top_p.kept_mass[threadIdx.x];
-    }
-    if (threadIdx.x == 0) p.kept_lengths[row] = kept_row;
-  }
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], s_blocks[1][0], bins, sums);
+  int run_begin, run_end, kept_here;
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, run_begin, run_end, kept_here);
 
-  // ---- the list: to memory, and in equal shares of whole tiles to whoever will attend to it ----
-  int* const places = reinterpret_cast<int*>(smem + layout.scores);
-  const int share = ceil_div(ceil_div(kept_row, blocks), kTile) * kTile;
-  {
-    int* const kept = p.kept ? p.kept + (static_cast<long long>(row) * p.capacity << p.page_shift) : nullptr;
-    int to = kAttend ? at / max(share, 1) : 0, slot = at - to * share;
-    for (int chunk = run_begin; chunk < run_end; ++chunk) {
-      u32 mine = keep[chunk];
-      while (mine) {
-        const int i = __ffs(mine) - 1, candidate = chunk * 8 + i, entry = candidate >> p.page_shift, offset = candidate & (page_size - 1);
-        mine &= mine - 1;
-        if (kept) kept[at] = (logical[entry] << p.page_shift) + offset;
-        if constexpr (kAttend) {
-          const int place = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
-          AnyCluster::store(AnyCluster::address(places + slot, to), static_cast<u32>(place));
-          if (++slot == share) slot = 0, ++to;
-        }
-        ++at;
-      }
+  // ---- the list ----
+  int* const places = reinterpret_cast<int*>(smem + layout.scores);  // nobody reads logits any more
+  int* kept = nullptr;
+  int kept_before = 0;
+  if (runs) {
+    kept = p.kept + (static_cast<long long>(row) * p.capacity << p.page_shift);
+    if (threadIdx.x < blocks) AnyCluster::store(AnyCluster::address(s_totals + rank, threadIdx.x), static_cast<u32>(kept_here));
+    cluster.sync();
+#pragma unroll 1
+    for (int r = 0; r < rank; ++r) kept_before += s_totals[r];
+  }
+#pragma unroll 1
+  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+    u32 mine = keep[chunk];
+    while (mine) {
+      const int candidate = chunk * 8 + __ffs(mine) - 1, entry = candidate >> p.page_shift, offset = candidate & (page_size - 1);
+      mine &= mine - 1;
+      if (kept) kept[kept_before + at] = (logical[entry] << p.page_shift) + offset;
+      if constexpr (kAttend) places[at] = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
+      ++at;
     }
   }
-  if constexpr (kAttend) {
-    __shared__ __align__(16) T s_query[kMaxHeads * D];
-    for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+  const auto report = [&] {  // by block 0, once it has everybody's counts
+    if (rank != 0) return;
+    if (threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = s_top_p.counts[threadIdx.x], p.mass[first_head + threadIdx.x] = __uint_as_float(s_top_p.mass[threadIdx.x]);
+    if (warp == 0) {
+      const int total = __reduce_add_sync(kFullMask, lane < blocks ? s_totals[lane] : 0);
+      if (lane == 0) p.kept_lengths[row] = total;
+    }
+  };
+  if constexpr (!kAttend) {
     cluster.sync();
-    const int mine = min(share, max(kept_row - rank * share, 0));
+    report();
+  } else {
+    // ---- attention over this block's tokens ----
+    __shared__ __align__(16) T s_query[kMaxHeads * D];
+#pragma unroll 1
+    for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+    __syncthreads();
     float top, sum;
     float* const parts = scores;
-    attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, mine,
-                              p.group, p.sm_scale * kLog2e, parts + warp * p.group * D, top, sum);
-    if (lane % 4 == 0) s_warp_top[warp][lane / 4] = top, s_warp_sum[warp][lane / 4] = sum;
+    attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group, p.sm_scale * kLog2e,
+                              parts + warp * p.group * D, top, sum);
+    if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
     __syncthreads();
-    float* const joined = parts + kWarps * p.group * D;
-    const auto finish = [&](int head, int d, float4 x, float m, float l) {
-      const float scale = l == 0.f ? 0.f : 1.f / l;
+
+    // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
+    const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
+    float4* const received = reinterpret_cast<float4*>(smem + layout.results);  // [blocks][each]
+    const auto finish = [&](int e, float4 x, float2 joint) {
+      const int head = e / (D / 4), d = e % (D / 4) * 4;
+      const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
       *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
           make_uint2(pack2<T>(x.x * scale, x.y * scale), pack2<T>(x.z * scale, x.w * scale));
-      if (d == 0) p.lse[first_head + head] = l == 0.f ? -inf() : (m + log2f(l)) * kLn2;
+      if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
     };
-    for (int i = threadIdx.x; i < p.group * (D / 4); i += kThreads) {
-      const int head = i / (D / 4), d = i % (D / 4) * 4;
-      float m = -inf(), l = 0.f;
+#pragma unroll 1
+    for (int e = threadIdx.x; e < all; e += kThreads) {
+      const int head = e / (D / 4);
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+      float2 joint = make_float2(-inf(), 0.f), state[kWarps];
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) m = fmaxf(m, s_warp_top[w][head]);
+      for (int w = 0; w < kWarps; ++w) state[w] = s_warps[w][head], joint.x = fmaxf(joint.x, state[w].x);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        if (s_warp_sum[w][head] == 0.f) continue;
-        const float factor = exp2_fast(s_warp_top[w][head] - finite_top(m));
-        const float4 y = *reinterpret_cast<const float4*>(parts + (w * p.group + head) * D + d);
-        l += factor * s_warp_sum[w][head];
-        x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
+      for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
+        const float factor = fast_exp2(state[w].x - finite_top(joint.x));
+        const float4 y = *reinterpret_cast<const float4*>(parts + w * p.group * D + e * 4);
+        joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
       }
-      if (blocks == 1) {
-        finish(head, d, x, m, l);
+      if (cluster.alone()) {
+        finish(e, x, joint);
       } else {
-        *reinterpret_cast<float4*>(joined + head * D + d) = x;
-        if (d == 0) s_state[head] = make_float2(m, l);
+        const int to = cluster.owner(e);
+        AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
+        if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + head, to), joint);
       }
     }
-    if (blocks == 1) return;
+    if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
     cluster.sync();
-    for (int i = threadIdx.x * blocks + rank; i < p.group * (D / 4); i += kThreads * blocks) {
-      const int head = i / (D / 4), d = i % (D / 4) * 4;
-      float m = -inf(), l = 0.f;
+    report();
+    if (cluster.alone()) return;
+    // A half warp joins one float4, a lane a block.
+#pragma unroll 1
+    for (int pair = warp * 2; pair < each; pair += kWarps * 2) {
+      const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
+      float2 joint = make_float2(-inf(), 0.f);
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      float2 state[kMaxCluster];
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) {
-        state[r] = r < blocks ? AnyCluster::read2(AnyCluster::address(s_state + head, r)) : make_float2(-inf(), 0.f);
-        m = fmaxf(m, state[r].x);
-      }
-#pragma unroll
-      for (int r = 0; r < kMaxCluster; ++r) {
-        if (state[r].y == 0.f) continue;
-        const float factor = exp2_fast(state[r].x - finite_top(m));
-        const float4 y = AnyCluster::read4(AnyCluster::address(joined + head * D + d, r));
-        l += factor * state[r].y;
-        x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
-      }
-      finish(head, d, x, m, l);
+      if (r < blocks) joint = s_blocks[0][r][e / (D / 4)], x = received[r * each + cluster.place(e)];
+      const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
+      x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
+      x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);
+      joint.y = warp_sum<kMaxCluster>(joint.y * factor), joint.x = best;
+      if (r == 0 && i < each) finish(e, x, joint);
     }
-    cluster.sync();  // a block that leaves takes its shared memory along
   }
 }

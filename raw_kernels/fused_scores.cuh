@@ -3,74 +3,99 @@
 // Both are u8 x s8 products on m16n8k32 tiles: 16 pages or tokens are the rows, query heads the columns, and where they leave columns
 // free, the 8-bit residuals of the same heads (see spgemv.cu: 16 bits of the query survive). k may be permuted as long as both sides agree, so
 // that lane (gid, tig) loads whole 16-byte pieces of rows gid and gid + 8 straight into its fragments: no shared memory, no shuffles, and
-// every warp has 16 such loads under way.
+// every warp has 8 KB of such loads under way.
 #pragma once
 
 #include "mma.cuh"
 
 constexpr int kTile = 16;
+constexpr float kLowest = -3.4e38f;  // stands for -inf where differences are formed
 
-__device__ __forceinline__ float2 unpack_query(u32 w, bool bf) { return bf ? unpack2<bf16>(w) : unpack2<half>(w); }
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
-// The query of one column, N words of 4 channels in this lane; the 4 lanes of a column hold all of it. Gives the s8 codes of q / step (or of what they
-// leave over), which channels are positive and negative (bytes of ones), the step and the sum.
-template <int N>
-struct QueryColumn {
-  u32 codes[N], positive[N], negative[N];
-  float step, sum;
+// A maximum and the sum of exponentials below it, (m, s). NaN and +inf show in s.
+__device__ __forceinline__ float2 join(float2 a, float2 b) {
+  const float m = fmaxf(a.x, b.x);
+  return make_float2(m, a.y * fast_exp2((a.x - m) * kLog2e) + b.y * fast_exp2((b.x - m) * kLog2e));
+}
+__device__ __forceinline__ void include(float2& a, float x) {
+  const float m = fminf(fmaxf(a.x, x), -kLowest);
+  a.y = a.y * fast_exp2((a.x - m) * kLog2e) + fast_exp2((x - m) * kLog2e), a.x = m;
+}
 
-  template <typename Load>
-  __device__ __forceinline__ void quantize(const Load& load, bool bf, bool residual) {
-    uint2 raw[N];
-    float largest = 0.f;
-    sum = 0.f;
+// The queries of a group as s8 codes in shared memory: q = step * (main + residual / 254), each also with only what is positive or negative of the query.
+struct QueryCodes {
+  u8* codes;         // [3: all, positive, negative][2: main, residual][group][D]
+  float *step, *sum;  // [group]
+  int group;
+
+  // A warp a head. `raw` holds D / 32 channels of head `warp`, lane after lane.
+  template <int D>
+  __device__ __forceinline__ void quantize(const u32 (&raw)[D / 64], bool bf) const {
+    constexpr int kEach = D / 32;
+    const int head = warp_id(), lane = lane_id();
+    if (head >= group) return;
+    float x[kEach], largest = 0.f, total = 0.f;
 #pragma unroll
-    for (int j = 0; j < N; ++j) raw[j] = load(j);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float2 x = unpack_query(raw[j].x, bf), y = unpack_query(raw[j].y, bf);
-      largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(y.x), fabsf(y.y)));
-      sum += (x.x + x.y) + (y.x + y.y);
+    for (int i = 0; i < kEach / 2; ++i) {
+      const float2 pair = bf ? unpack2<bf16>(raw[i]) : unpack2<half>(raw[i]);
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y))), total += pair.x + pair.y;
     }
-    largest = warp_max<4>(largest);
-    sum = warp_sum<4>(sum);  // carries a NaN of the query into every score of this head
-    step = largest / 127.f;
-    const float inverse = step > 0.f ? 1.f / step : 0.f;
+    largest = warp_max(largest), total = warp_sum(total);  // the sum carries a NaN of the query into every score of this head
+    const float s = largest / 127.f, inverse = s > 0.f ? 1.f / s : 0.f;
+    if (lane == 0) step[head] = s, sum[head] = total;
+    u8* const at = codes + head * D + lane * kEach;
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      codes[j] = positive[j] = negative[j] = 0;
+    for (int i = 0; i < kEach; i += 2) {
+      u32 main = 0, rest = 0, positive = 0, negative = 0;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const float2 pair = unpack_query(k < 2 ? raw[j].x : raw[j].y, bf);
-        const float x = k % 2 ? pair.y : pair.x;
-        int code = min(max(__float2int_rn(x * inverse), -127), 127);
-        if (residual) code = min(max(__float2int_rn(fmaf(-step, static_cast<float>(code), x) * inverse * 254.f), -127), 127);
-        codes[j] |= static_cast<u32>(code & 255) << (8 * k);
-        positive[j] |= x > 0.f ? 255u << (8 * k) : 0, negative[j] |= x < 0.f ? 255u << (8 * k) : 0;
+      for (int k = 0; k < 2; ++k) {
+        const float y = x[i + k];
+        const int a = min(max(__float2int_rn(y * inverse), -127), 127);
+        const int r = min(max(__float2int_rn(fmaf(-s, static_cast<float>(a), y) * inverse * 254.f), -127), 127);
+        main |= (a & 255) << 8 * k, rest |= (r & 255) << 8 * k;
+        positive |= y > 0.f ? 255 << 8 * k : 0, negative |= y < 0.f ? 255 << 8 * k : 0;
+      }
+#pragma unroll
+      for (int v = 0; v < 3; ++v) {
+        const u32 mask = v == 0 ? 0xffff : v == 1 ? positive : negative;
+        *reinterpret_cast<u16*>(at + 2 * v * group * D + i) = static_cast<u16>(main & mask);
+        *reinterpret_cast<u16*>(at + (2 * v + 1) * group * D + i) = static_cast<u16>(rest & mask);
       }
     }
   }
+  // The codes of one column from channel c on; columns from kHeads on are residuals.
+  template <int D, int kHeads>
+  __device__ __forceinline__ const u8* column(int column, int variant, int c) const {
+    return codes + ((2 * variant + (column >= kHeads)) * group + column % kHeads) * D + c;
+  }
 };
 
-// What turns a tile's integers into the scores of the heads that this lane owns after `settle`.
+// What turns the integers of a tile into the scores of the heads that this lane owns after `settle`.
 template <int Tiles>
 struct HeadScale {
   static constexpr int kHeadTiles = Tiles == 1 ? 1 : Tiles / 2;
+  static constexpr int kOwned = Tiles == 1 ? 2 : Tiles;
   float scale[kHeadTiles][2], sum[kHeadTiles][2];
 
-  __device__ __forceinline__ void collect(const float (&step)[Tiles], const float (&total)[Tiles], int tig, float factor, float sum_factor) {
+  static __device__ __forceinline__ int head(int nth, int tig) { return Tiles == 1 ? 2 * (tig & 1) + nth : nth / 2 * 8 + 2 * tig + nth % 2; }
+  __device__ __forceinline__ HeadScale(const QueryCodes& query, int tig, float factor, float sum_factor) {
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t)
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const int column = (Tiles == 1 ? 2 * (tig & 1) : 2 * tig) + k;  // column c lives in lanes 4c..4c+3
-        scale[t][k] = __shfl_sync(kFullMask, step[t], 4 * column) * factor;
-        sum[t][k] = __shfl_sync(kFullMask, total[t], 4 * column) * sum_factor;
+        const int g = min(head(2 * t + k, tig), query.group - 1);
+        scale[t][k] = query.step[g] * factor, sum[t][k] = query.sum[g] * sum_factor;
       }
   }
 };
 
-// Hand every score of a tile to `use(row, head, score)`. `params(row)` gives (scale, zero) of a row. With one column tile a lane has 2 heads of one row:
+// Hand every score of a tile to `use(row, head, nth, score)`. `params(upper)` gives (scale, zero) of row gid or gid + 8. With one column tile a lane has 2 heads of one row:
 // heads lie in tig 0 and 1, residuals in tig 2 and 3, and two shuffles give tig 0 and 1 row gid, 2 and 3 row gid + 8.
 template <int Tiles, typename Params, typename Use>
 __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const Params& params, const Use& use) {
@@ -97,39 +122,54 @@ __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadSca
   }
 }
 
+// Maximum and sum of each head over the warp, to parts [head].
+template <int Tiles>
+__device__ __forceinline__ void join_lanes(float2 (&mine)[HeadScale<Tiles>::kOwned], float2* parts) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int i = 0; i < HeadScale<Tiles>::kOwned; ++i) {
+#pragma unroll 1  // here and below: what runs once costs more to fetch than to execute
+    for (int distance = kWarp / 2; distance >= (Tiles == 1 ? 2 : 4); distance /= 2) {  // lanes of one tig have the same heads; with one column tile tig ^ 2 too
+      mine[i] = join(mine[i], make_float2(__shfl_xor_sync(kFullMask, mine[i].x, distance), __shfl_xor_sync(kFullMask, mine[i].y, distance)));
+    }
+    if (lane < (Tiles == 1 ? 2 : 4)) parts[HeadScale<Tiles>::head(i, lane)] = mine[i];
+  }
+}
+// Over `count` parts [count][kHeads], by every warp for itself; lane h gets head h % kHeads.
+template <int kHeads>
+__device__ __forceinline__ float2 join_parts(const float2* parts, int count) {
+  const int lane = lane_id();
+  float2 all = make_float2(kLowest, 0.f);
+#pragma unroll 1
+  for (int i = lane / kHeads; i < count; i += kWarp / kHeads) all = join(all, parts[i * kHeads + lane % kHeads]);
+#pragma unroll 1
+  for (int distance = kWarp / 2; distance >= kHeads; distance /= 2) {
+    all = join(all, make_float2(__shfl_xor_sync(kFullMask, all.x, distance), __shfl_xor_sync(kFullMask, all.y, distance)));
+  }
+  return all;
+}
+
 // Scores of `count` pages whose numbers lie in shared memory, Vectors codes of D channels each: 1 the mean key, 2 maxima and minima, of which the first
-// meet what is positive of the query and the second what is negative. `use(page, head, score)`, scores as they come, not scaled.
+// meet what is positive of the query and the second what is negative. `use(page, head, nth, score)`, scores times `sm_scale`;
+// -inf for what is not there, heads from `group` and pages from `count` on among it.
 template <int D, int Vectors, int Tiles, int kWarps, typename Use>
-__device__ __forceinline__ void score_pages(const u16* q, bool bf, int group, const u8* codes, const u32* params, const int* pages, int count,
-                                            int kv_heads, int kv_head, const Use& use) {
-  constexpr int kPieces = Vectors * D / 64;                                // 16 bytes each, of a row, a lane
-  constexpr int kBatch = kPieces >= 8 ? 1 : (kPieces == 1 ? 4 : 8 / kPieces);  // tiles under way
-  constexpr int kHeads = 4 * Tiles, kWords = D / 16;
+__device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_scale, const u8* codes, const u32* params, const int* pages, int count, int kv_heads,
+                                            int kv_head, const Use& use) {
+  constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
+  constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 1 ? 4 : 8 / (Tiles * kPieces);  // tiles under way
+  constexpr int kHeads = 4 * Tiles;
   const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = warp_id();
 
-  u32 b[Tiles][kPieces * 4];
-  HeadScale<Tiles> head;
-  {
-    float step[Tiles], sum[Tiles];
+  uint4 b[Tiles][kPieces];
 #pragma unroll
-    for (int t = 0; t < Tiles; ++t) {
-      const int column = 8 * t + gid, g = column % kHeads;
-      QueryColumn<kWords> query;
-      query.quantize(
-          [&](int j) {  // word j: 4 channels of piece j / 4
-            const int c = j / 4 * 64 + tig * 16 + j % 4 * 4;
-            return g < group ? *reinterpret_cast<const uint2*>(q + g * D + c) : make_uint2(0, 0);
-          },
-          bf, column >= kHeads);
+  for (int t = 0; t < Tiles; ++t)
 #pragma unroll
-      for (int j = 0; j < kWords; ++j) {
-        if constexpr (Vectors == 1) b[t][j] = query.codes[j];
-        else b[t][j] = query.codes[j] & query.positive[j], b[t][kWords + j] = query.codes[j] & query.negative[j];
-      }
-      step[t] = query.step, sum[t] = query.sum;
+    for (int j = 0; j < kPieces; ++j) {
+      b[t][j] = uint4{0, 0, 0, 0};
+      const int column = 8 * t + gid, variant = Vectors == 1 ? 0 : 1 + j * 64 / D;
+      if (column % kHeads < query.group) b[t][j] = load16(query.column<D, kHeads>(column, variant, j * 64 % D + tig * 16));
     }
-    head.collect(step, sum, tig, 1.f / 254.f, 1.f);
-  }
+  const HeadScale<Tiles> head(query, tig, sm_scale / 254.f, sm_scale);
 
   const int tiles = ceil_div(count, kTile);
   for (int first = warp; first < tiles; first += kWarps * kBatch) {
@@ -138,7 +178,6 @@ __device__ __forceinline__ void score_pages(const u16* q, bool bf, int group, co
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
-      if (tile >= tiles) break;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         // Behind the end the last page is read again.
@@ -153,33 +192,31 @@ __device__ __forceinline__ void score_pages(const u16* q, bool bf, int group, co
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
-      if (tile >= tiles) break;
       int dot[Tiles][4] = {};
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) {
         const uint4 low = x[i][0][j], high = x[i][1][j];
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) {
-          mma_u8s8(dot[t], low.x, high.x, low.y, high.y, b[t][4 * j], b[t][4 * j + 1]);
-          mma_u8s8(dot[t], low.z, high.z, low.w, high.w, b[t][4 * j + 2], b[t][4 * j + 3]);
+          mma_u8s8(dot[t], low.x, high.x, low.y, high.y, b[t][j].x, b[t][j].y);
+          mma_u8s8(dot[t], low.z, high.z, low.w, high.w, b[t][j].z, b[t][j].w);
         }
       }
       settle<Tiles>(
           dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
-          [&](int r, int g, int, float score) {
+          [&](int r, int g, int nth, float score) {
             const int page = tile * kTile + r;
-            if (g < group && page < count) use(page, g, score);
+            use(page, g, nth, page < count ? score : -inf());
           });
     }
   }
 }
 
-// Logits of the tokens of `count` pages from the 4-bit keys. `use(slot, head, nth, logit)`: slots count the tokens of the list, -inf for those behind
-// the sequence's end; a lane's scores of one `nth` are all of one head. Low nibbles are masked into one accumulator, high ones stay
-// where they are (16 times too large) and get another, which spares the shifts.
+// Logits of the tokens of `count` pages from the 4-bit keys. `use(slot, head, nth, logit)`: slots count the tokens of the list, and go on behind its end; -inf
+// for what is not there. Low nibbles are masked into one accumulator, high ones stay where they are (16 times too large) and get another, which spares the shifts.
 template <int D, int Tiles, int kWarps, int kBatch, typename Use>
-__device__ __forceinline__ void score_tokens(const u16* q, bool bf, int group, float sm_scale, const u8* shadow, const int* pages, const int* logical, int count,
-                                             int page_shift, int seq_len, int kv_heads, int kv_head, const Use& use) {
+__device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_scale, const u8* shadow, const int* pages, const int* logical, int count, int page_shift,
+                                             int seq_len, int kv_heads, int kv_head, const Use& use) {
   constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
   constexpr int kPieces = D == 256 ? 2 : 1;
   const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = warp_id();
@@ -187,25 +224,16 @@ __device__ __forceinline__ void score_tokens(const u16* q, bool bf, int group, f
   const int block_bytes = (D / 2 + 4) << page_shift;
 
   u32 low_codes[Tiles][kWords], high_codes[Tiles][kWords];
-  HeadScale<Tiles> head;
-  {
-    float step[Tiles], sum[Tiles];
 #pragma unroll
-    for (int t = 0; t < Tiles; ++t) {
-      const int column = 8 * t + gid, g = column % kHeads;
-      QueryColumn<2 * kWords> query;
-      query.quantize(
-          [&](int j) {  // channels of word j, and of word j + d/2
-            const int w = j % kWords, c = j / kWords * (D / 2) + (D == 64 ? tig * 8 + w * 4 : w / 4 * 64 + tig * 16 + w % 4 * 4);
-            return g < group ? *reinterpret_cast<const uint2*>(q + g * D + c) : make_uint2(0, 0);
-          },
-          bf, column >= kHeads);
+  for (int t = 0; t < Tiles; ++t)
 #pragma unroll
-      for (int j = 0; j < kWords; ++j) low_codes[t][j] = query.codes[j], high_codes[t][j] = query.codes[kWords + j];
-      step[t] = query.step, sum[t] = query.sum;
+    for (int j = 0; j < kWords; ++j) {
+      const int column = 8 * t + gid, c = D == 64 ? tig * 8 + j * 4 : j / 4 * 64 + tig * 16 + j % 4 * 4;
+      const bool there = column % kHeads < query.group;
+      low_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c)) : 0;
+      high_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c + D / 2)) : 0;
     }
-    head.collect(step, sum, tig, sm_scale * (1.f / (254.f * 16.f)), sm_scale);
-  }
+  const HeadScale<Tiles> head(query, tig, sm_scale * (1.f / (254.f * 16.f)), sm_scale);
 
   const int tiles = count << half_shift;
   for (int first = warp; first < tiles; first += kWarps * kBatch) {
@@ -213,9 +241,7 @@ __device__ __forceinline__ void score_tokens(const u16* q, bool bf, int group, f
     u32 sz[kBatch][Tiles == 1 ? 1 : 2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int tile = first + i * kWarps;
-      if (tile >= tiles) break;
-      const int start = (tile << 4) & (page_size - 1);
+      const int tile = min(first + i * kWarps, tiles - 1), start = (tile << 4) & (page_size - 1);
       const u8* const block = shadow + (static_cast<long long>(pages[tile >> half_shift]) * kv_heads + kv_head) * block_bytes;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -232,10 +258,9 @@ __device__ __forceinline__ void score_tokens(const u16* q, bool bf, int group, f
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int tile = first + i * kWarps;
-      if (tile >= tiles) break;
-      const int start = (tile << 4) & (page_size - 1);
-      const int real = seq_len - (logical[tile >> half_shift] << page_shift) - start;  // tokens of the tile that are there
+      const int tile = first + i * kWarps, start = (tile << 4) & (page_size - 1);
+      // Tokens of the tile that are there.
+      const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - start : 0;
       int dot[Tiles][4];
       constexpr u32 kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
 #pragma unroll
@@ -253,9 +278,7 @@ __device__ __forceinline__ void score_tokens(const u16* q, bool bf, int group, f
       }
       settle<Tiles>(
           dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
-          [&](int r, int g, int nth, float logit) {
-            if (g < group) use(tile * kTile + r, g, nth, r < real ? logit : -inf());
-          });
+          [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
     }
   }
 }

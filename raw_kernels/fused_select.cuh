@@ -1,131 +1,150 @@
 // The best pages of a row whose scores lie spread over the shared memory of a cluster: top_k.cu's rule, inside fused_decode.cu.
 //
-// Every block turns its share of the scores into keys and writes them into all blocks, so that each finds the threshold by itself: 4 bytes
-// a page and block, instead of a barrier a round of the search.
+// Tiles of 16 pages are dealt out to the blocks in turn. Every block turns its scores into keys and writes them into all blocks, so that each finds the
+// threshold by itself: 4 bytes a page and block, instead of a barrier of the cluster a round of the search.
 #pragma once
 
 #include "cluster.cuh"
+#include "fused_scores.cuh"
 #include "radix.cuh"
 
 constexpr int kMaxCluster = 16;
 
-template <int kThreads, int kMaxHeads>
+template <int kThreads>
 struct SelectScratch {
-  float top[kMaxHeads][kThreads / kWarp], sum[kMaxHeads][kThreads / kWarp];
-  float2 part[kMaxHeads];  // maximum and sum of this block, read by the others
-  float lse[kMaxHeads];
-  int result[3], scan[kThreads / kWarp + 1], scan_same[kThreads / kWarp];
-  u32 low[kThreads / kWarp], high[kThreads / kWarp];
+  uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block
+  uint4 mine[kThreads / kWarp];
+  int result[3], scan[kThreads / kWarp];
 };
 
-// 1. Scores [group, pitch] of this block's `count` pages, the first of which is page `first`, to keys [all pages] in every block: the log of the sum over heads
-// of their softmaxes (reduce 0), the sum of scores (1) or the largest (2).
-template <int kThreads, int kMaxHeads>
-__device__ __forceinline__ void combine_heads(const AnyCluster& cluster, SelectScratch<kThreads, kMaxHeads>& s, const float* scores, int pitch, int count, int first,
-                                              int group, float scale_log2, int reduce, u32* keys) {
+// The sum of x over the threads before this one. `totals` has an int a warp; the caller's barrier comes before.
+template <int kThreads>
+__device__ __forceinline__ int scan_block(int x, int* totals, int& total) {
   constexpr int kWarps = kThreads / kWarp;
-  const int lane = lane_id(), warp = warp_id();
-  if (reduce == 0) {
-    // Warps are dealt out to the heads: warp w takes head w % group, and its share of that head's pages. Warps beyond a multiple of `group` rest.
-    const int g = warp % group, share = warp / group, shares = kWarps / group;
-    if (share < shares) {
-      const float* const head = scores + g * pitch;
-      float largest = -inf(), sum = 0.f;
-      for (int i = share * kWarp + lane; i < count; i += shares * kWarp) largest = fmaxf(largest, head[i]);
-      largest = warp_max(largest) * scale_log2;
-      for (int i = share * kWarp + lane; i < count; i += shares * kWarp) sum += exp2f(fmaf(head[i], scale_log2, -finite(largest)));
-      sum = warp_sum(sum);
-      if (lane == 0) s.top[g][share] = largest, s.sum[g][share] = sum;
-    }
-    __syncthreads();
-    if (threadIdx.x < group) {
-      float top = -inf(), sum = 0.f;
-      for (int i = 0; i < shares; ++i) top = fmaxf(top, s.top[threadIdx.x][i]);
-      for (int i = 0; i < shares; ++i) sum += s.sum[threadIdx.x][i] * exp2f(finite(s.top[threadIdx.x][i]) - finite(top));
-      s.part[threadIdx.x] = make_float2(top, sum);
-    }
-    cluster.sync();
-    for (int h = warp; h < group; h += kWarps) {
-      const float2 part = lane < cluster.size ? AnyCluster::read2(AnyCluster::address(s.part + h, lane)) : make_float2(-inf(), 0.f);
-      const float base = finite(warp_max(part.x));
-      const float sum = warp_sum(lane < cluster.size ? part.y * exp2f(finite(part.x) - base) : 0.f);
-      if (lane == 0) s.lse[h] = base + log2f(sum);
-    }
-    __syncthreads();
-  } else {
-    cluster.sync();  // nobody writes into a block that has not begun
+  int up = x;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int other = __shfl_up_sync(kFullMask, up, step);
+    if (lane_id() >= step) up += other;
   }
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    float x[kMaxHeads], largest = -inf(), total = 0.f;
-    bool nan = false;
+  if (lane_id() == kWarp - 1) totals[warp_id()] = up;
+  __syncthreads();
+  int before = up - x;
+  total = 0;
 #pragma unroll
-    for (int g = 0; g < kMaxHeads; ++g) {
-      x[g] = -inf();
-      if (g < group) {
-        x[g] = scores[g * pitch + i];
-        if (reduce == 0 && x[g] != -inf()) x[g] = fmaf(x[g], scale_log2, -s.lse[g]);
-        nan |= x[g] != x[g], largest = fmaxf(largest, x[g]), total += x[g];
-      }
-    }
-    if (reduce == 2) total = largest;
-    if (reduce == 0) {
-      // In logs: a softmax is 0 a hundred below the maximum, and among zeros there is no order to select by.
-      total = largest;
-      if (group > 1 && largest != -inf()) {
-        float sum = 0.f;
+  for (int w = 0; w < kWarps; ++w) {
+    const int t = totals[w];
+    before += w < warp_id() ? t : 0, total += t;
+  }
+  return before;
+}
+
+// The bin that holds rank `want` (1 is the largest): result gets the bin, the entries in bins above it, and its own. Empties the histogram. Barriers before and after are the caller's.
+template <int kThreads>
+__device__ __forceinline__ void find_rank(int* histogram, int want, int* totals, int* result) {
+  static_assert(kThreads * 8 == kRadixBins, "8 bins a thread");
+  int4* const mine = reinterpret_cast<int4*>(histogram) + 2 * (kThreads - 1 - threadIdx.x);  // the first thread has the highest bins
+  const int4 low = mine[0], high = mine[1];
+  mine[0] = mine[1] = int4{0, 0, 0, 0};
+  const int count[8] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
+  int sum = 0, total;
 #pragma unroll
-        for (int g = 0; g < kMaxHeads; ++g) sum += g < group ? exp2f(x[g] - largest) : 0.f;
-        total = largest + log2f(sum);
-      }
+  for (int i = 0; i < 8; ++i) sum += count[i];
+  int above = scan_block<kThreads>(sum, totals, total);
+  if (above < want && above + sum >= want) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (above < want && above + count[i] >= want) result[0] = kRadixBins - 1 - static_cast<int>(threadIdx.x) * 8 - i, result[1] = above, result[2] = count[i];
+      above += count[i];
     }
-    const u32 key = nan || total != total ? kNaN : ordered_key(total + 0.f);  // + 0.f: a zero has one key, whatever its sign
-    for (u32 r = 0; r < cluster.size; ++r) AnyCluster::store(AnyCluster::address(keys + first + i, r), key);
+  }
+}
+
+// Where this block's page i lies in the sequence.
+__device__ __forceinline__ int global_page(const AnyCluster& cluster, int i) { return cluster.nth(i / kTile) * kTile + i % kTile; }
+
+// Scores [group, pitch] of this block's `count` pages to keys [pages of the row] in every block, with the log of the sum of exponentials of head h in lane h of every warp: the
+// sum over heads of their softmaxes (reduce 0), the sum of scores (1) or the largest (2).
+template <int kThreads, int kHeads>
+__device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScratch<kThreads>& s, const float* scores, int pitch, int count, int real, int group, float2 state,
+                                           int reduce, u32* keys) {
+  float base[kHeads];
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) base[g] = __shfl_sync(kFullMask, state.x * kLog2e + __log2f(state.y), g);
+  u32 low = kNaN, high = 0;
+  int there = 0;
+  const int padded = ceil_div(count, kTile) * kTile;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < padded; i += kThreads) {
+    u32 key = kNothing;
+    const int page = global_page(cluster, i);
+    if (page < real) {
+      float largest = -inf(), total = 0.f, mass = 0.f;
+      bool nan = false;
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+        if (g >= group) break;
+        const float x = scores[g * pitch + i];
+        const float share = fmaf(x, kLog2e, -base[g]);
+        nan |= x != x || base[g] != base[g], largest = fmaxf(largest, reduce == 0 ? share : x), total += x;
+        mass += fast_exp2(share + 100.f);
+      }
+      // Masses down to 2^-226 are told apart; what is below ranks by its largest head, as a negative number.
+      float rank = reduce == 0 ? (mass > 0.f ? mass : largest) : reduce == 1 ? total : largest;
+      key = nan || rank != rank ? kNaN : ordered_key(rank + 0.f);  // + 0.f: a zero has one key, whatever its sign
+      // The newest page is taken, whatever its score; but as in the reference, a NaN beats it.
+      if (page == real - 1 && key != kNaN) key = kForced;
+      if (key > kNothing) ++there, low = min(low, key), high = max(high, key == kForced ? 0 : key);  // forced, it would stretch the range of the histogram
+    }
+    keys[page] = key;
+  }
+  low = __reduce_min_sync(kFullMask, low), high = __reduce_max_sync(kFullMask, high), there = __reduce_add_sync(kFullMask, there);
+  uint4* const ranges = cluster.alone() ? s.ranges : s.mine;
+  if (lane_id() == 0) ranges[warp_id()] = uint4{low, high, static_cast<u32>(there), 0};
+  __syncthreads();
+  if (cluster.alone()) return;
+  if (threadIdx.x < cluster.size) {
+    uint4 all{kNaN, 0, 0, 0};
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) all.x = min(all.x, s.mine[w].x), all.y = max(all.y, s.mine[w].y), all.z += s.mine[w].z;
+    AnyCluster::store(AnyCluster::address(s.ranges + cluster.rank, threadIdx.x), all);
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < padded / 4 << cluster.shift; i += kThreads) {  // 4 keys of one tile at a time
+    const int to = cluster.owner(i), page = global_page(cluster, cluster.place(i) * 4);
+    if (to != cluster.rank) AnyCluster::store(AnyCluster::address(keys + page, to), *reinterpret_cast<const uint4*>(keys + page));
   }
   cluster.sync();
 }
 
-// 2. From the keys of all `real` pages, the newest of which is taken whatever its key, the entries of the ascending list of the best `want` that
-// fall to this block: equal shares, rank after rank. Returns how many those are; `taken` gets the length of the whole list, `before` where the share begins. `histogram`
-// has kRadixBins ints. The caller's barrier comes before and after.
-template <int kThreads, int kMaxHeads>
-__device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScratch<kThreads, kMaxHeads>& s, u32* keys, int real, int want_at_most, int* histogram, int* list,
-                                          int& taken, int& before) {
+// From the keys of all `real` pages, those of the ascending list of the best `want` that fall to this block: in turn (stride = cluster size), or a run of
+// them (stride 1). `list` gets them, and `physical` their numbers by `table`. Returns how many; `taken` gets the length of the whole list. `histogram` has kRadixBins ints, all 0.
+template <int kThreads>
+__device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScratch<kThreads>& s, const u32* keys, int real, int want_at_most, bool runs, int* histogram,
+                                          const int* table, int* list, int* physical, int& taken) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = lane_id(), warp = warp_id();
-  if (threadIdx.x == 0) {
-    // As in the reference, a NaN beats the forced page.
-    if (keys[real - 1] != kNaN) keys[real - 1] = kForced;
+  u32 low, high;
+  {
+    uint4 range{kNaN, 0, 0, 0};
+    if (lane < (cluster.alone() ? kWarps : cluster.size)) range = s.ranges[lane];
+    low = __reduce_min_sync(kFullMask, range.x), high = __reduce_max_sync(kFullMask, range.y);
+    taken = min(want_at_most, static_cast<int>(__reduce_add_sync(kFullMask, range.z)));
   }
-  for (int i = threadIdx.x; i < kRadixBins; i += kThreads) histogram[i] = 0;
-  __syncthreads();
-  int there = 0;
-  u32 low = kNaN, high = 0;  // the forced page lies far above the others: it would stretch the range of the histogram, so it stays out
-  for (int i = threadIdx.x; i < real; i += kThreads) {
-    const u32 key = keys[i];
-    if (key <= kNothing) continue;
-    ++there, low = min(low, key), high = max(high, key == kForced ? 0 : key);
-  }
-  there = __reduce_add_sync(kFullMask, there), low = __reduce_min_sync(kFullMask, low), high = __reduce_max_sync(kFullMask, high);
-  if (lane == 0) s.scan[warp] = there, s.low[warp] = low, s.high[warp] = high;
-  __syncthreads();
-  there = __reduce_add_sync(kFullMask, lane < kWarps ? s.scan[lane] : 0);
-  low = __reduce_min_sync(kFullMask, lane < kWarps ? s.low[lane] : kNaN);
-  high = __reduce_max_sync(kFullMask, lane < kWarps ? s.high[lane] : 0);
-  const int want = taken = min(want_at_most, there);
-
   // Keys above `threshold` are taken, and of those equal to it the first `equal`.
   u32 threshold = kForced - 1;
   int equal = 0;
   const bool forced = high != kNaN && keys[real - 1] == kForced;
-  if (int rank = want - forced; rank > 0) {
+  if (int rank = taken - forced; rank > 0) {
     int shift = max(32 - __clz(static_cast<int>(high - low)) - kRadixBits, 0);
     for (bool more = true; more;) {
+#pragma unroll 2
       for (int i = threadIdx.x; i < real; i += kThreads) {
         const u32 key = keys[i];
         if (key >= low && key <= high) atomicAdd(&histogram[(key - low) >> shift], 1);
       }
       __syncthreads();
-      find_bin<kThreads>(histogram, rank, s.scan, s.result);
+      find_rank<kThreads>(histogram, rank, s.scan, s.result);
       __syncthreads();
       rank -= s.result[1];
       low += static_cast<u32>(s.result[0]) << shift;
@@ -137,35 +156,41 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
       } else {
         shift = max(shift - kRadixBits, 0);
       }
-      __syncthreads();
     }
   }
 
   // In order. A warp owns a stretch of pages: it counts, the block adds up, the warp walks again and writes what is this block's.
-  const int per_block = ceil_div(want, static_cast<int>(cluster.size));
-  const int first = min(static_cast<int>(cluster.rank) * per_block, want), last = min(first + per_block, want);
-  before = first;
+  const int per_block = (taken + cluster.size - 1) >> cluster.shift, first = runs ? cluster.rank * per_block : cluster.rank;
+  const int mine = runs ? max(min(per_block, taken - first), 0) : cluster.share(taken), stride_shift = runs ? 0 : cluster.shift;
   const int per_warp = ceil_div(ceil_div(real, kWarps), kWarp) * kWarp, begin = warp * per_warp, end = min(begin + per_warp, real);
-  int above = 0, same = 0;
+  int counts = 0;  // above, and in the upper half equal
+#pragma unroll 2
   for (int i = begin + lane; i < end; i += kWarp) {
     const u32 key = keys[i];
-    above += key > threshold, same += equal > 0 && key == threshold;
+    counts += (key > threshold) + ((equal > 0 && key == threshold) << 16);
   }
-  above = __reduce_add_sync(kFullMask, above), same = __reduce_add_sync(kFullMask, same);
-  if (lane == 0) s.scan[warp] = above, s.scan_same[warp] = same;
+  // 32768 entries of either kind a warp at most: a row of a million pages has 4 GB of keys.
+  const int above = __reduce_add_sync(kFullMask, counts & 0xffff), same = __reduce_add_sync(kFullMask, counts >> 16);
+  if (lane == 0) s.mine[warp] = uint4{static_cast<u32>(above), static_cast<u32>(same), 0, 0};
   __syncthreads();
-  int before_above = __reduce_add_sync(kFullMask, lane < warp ? s.scan[lane] : 0);
-  int before_same = __reduce_add_sync(kFullMask, lane < warp ? s.scan_same[lane] : 0);
+  int before_above = 0, before_same = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    const uint4 c = s.mine[w];
+    if (w < warp) before_above += c.x, before_same += c.y;
+  }
   const u32 lower = (1u << lane) - 1;
-  for (int i0 = begin; i0 < end && want > 0; i0 += kWarp) {
+#pragma unroll 2
+  for (int i0 = begin; i0 < end; i0 += kWarp) {
     const int i = i0 + lane;
     const u32 key = i < end ? keys[i] : 0;
-    const u32 is_above = __ballot_sync(kFullMask, i < end && key > threshold);
-    const u32 is_same = __ballot_sync(kFullMask, equal > 0 && i < end && key == threshold);
+    const u32 is_above = __ballot_sync(kFullMask, key > threshold);
+    const u32 is_same = equal > 0 ? __ballot_sync(kFullMask, i < end && key == threshold) : 0;
     const int same_rank = before_same + __popc(is_same & lower);
-    const int at = before_above + __popc(is_above & lower) + min(same_rank, equal);
-    if ((is_above >> lane & 1 || (is_same >> lane & 1 && same_rank < equal)) && at >= first && at < last) list[at - first] = i;
+    const int at = before_above + __popc(is_above & lower) + min(same_rank, equal) - first, slot = at >> stride_shift;
+    const bool in = (is_above >> lane & 1 || (is_same >> lane & 1 && same_rank < equal)) && at >= 0 && slot < mine && slot << stride_shift == at;
+    if (in) list[slot] = i, physical[slot] = table[i];
     before_above += __popc(is_above), before_same += __popc(is_same);
   }
-  return last - first;
+  return mine;
 }

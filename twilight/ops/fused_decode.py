@@ -215,11 +215,12 @@ def _smem(
     tokens = entries * page_size
     scores = max(2 * group * tokens, 4 * group * pages if vectors else 0)
     if attend:
-        scores = max(scores, 4 * tokens, 4 * (_THREADS // 32 + 1) * group * dim)
-    keys = max(group * tokens // 8, 4 * pages * cluster if vectors else 0)
+        scores = max(scores, 4 * tokens, 4 * (_THREADS // 32) * group * dim)
+    keys = max(tokens // 8, 4 * pages * cluster if vectors else 0)
     listed = max(8 * entries, 4 * pages if vectors else 0)
     bins = max(8192, 2048 * group * (2 if cluster > 1 else 1))
-    return scores + -(-keys // 16) * 16 + -(-listed // 16) * 16 + bins
+    query_and_results = (6 + (4 if attend else 0)) * group * dim
+    return scores + -(-keys // 16) * 16 + -(-listed // 16) * 16 + bins + query_and_results
 
 
 def _cuda(
