@@ -13,33 +13,34 @@ __device__ __forceinline__ float finite_top(float m) { return m == -inf() ? 0.f 
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // One warp's part, `q` [group, D] in shared memory: tiles warp, warp + kWarps, ... of `count` tokens at the rows `places` of K and V. Leaves the state of head gid in (top, sum), over this warp's tokens, and
-// O [group, D], not normalised, in `o_out`. All warps of the block come.
+// O, not normalised, in `o_out` [kWarps, group, D]. All warps of the block come.
 template <typename T, int D, int kWarps>
 __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, const int* places, int count, int group, float scale_log2, float* o_out, float& top,
                                             float& sum) {
   constexpr int kKeyPieces = D / 32, kValuePieces = D / 64;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = warp_id();
+  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const u32 query_at = smem_address(q + min(gid, group - 1) * D + tig * 8);  // heads from `group` on repeat the last, and nobody looks
   float o[4 * kValuePieces][4] = {};
   top = -inf(), sum = 0.f;
-  const int tiles = ceil_div(count, 16);
+  const int* here = places + warp * 16;
 #pragma unroll 1
-  for (int tile = warp; tile < tiles; tile += kWarps) {
+  for (int left = count - warp * 16; left > 0; left -= kWarps * 16, here += kWarps * 16) {
     uint4 keys[2][kKeyPieces], values[4][kValuePieces];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const T* const row = k + static_cast<long long>(places[min(tile * 16 + gid + 8 * h, count - 1)]) * D + tig * 8;
+      const T* const row = k + static_cast<size_t>(static_cast<u32>(here[min(gid + 8 * h, left - 1)])) * D + tig * 8;
 #pragma unroll
       for (int j = 0; j < kKeyPieces; ++j) keys[h][j] = load_stream16(row + j * 32);
     }
+    const auto load_values = [&](int j) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      // A token behind the end is the last one again: its weight is 0, and it brings no NaN that is not in the row anyway.
-      const int token = tile * 16 + 2 * tig + (i & 1) + (i & 2) * 4;
-      const T* const row = v + static_cast<long long>(places[min(token, count - 1)]) * D + gid * 8;
-#pragma unroll
-      for (int j = 0; j < kValuePieces; ++j) values[i][j] = load_stream16(row + j * 64);
-    }
+      for (int i = 0; i < 4; ++i) {
+        // A token behind the end is the last one again: its weight is 0, and it brings no NaN that is not in the row anyway.
+        const int token = 2 * tig + (i & 1) + (i & 2) * 4;
+        values[i][j] = load_stream16(v + static_cast<size_t>(static_cast<u32>(here[min(token, left - 1)])) * D + gid * 8 + j * 64);
+      }
+    };
+    load_values(0);
     float s[2][4] = {};
 #pragma unroll
     for (int j = 0; j < kKeyPieces; ++j) {
@@ -51,12 +52,14 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         mma_16bit<T>(s[h], query.z, 0, query.w, 0, keys[h][j].z, keys[h][j].w);
       }
     }
+#pragma unroll
+    for (int j = 1; j < kValuePieces; ++j) load_values(j);  // where the keys were: all at once would not fit 128 registers
     float x[2][2], best = top;
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const bool real = tile * 16 + 8 * h + 2 * tig + c < count;
+        const bool real = 8 * h + 2 * tig + c < left;
         x[h][c] = real ? s[h][c] * scale_log2 : -inf();
         best = fmaxf(best, x[h][c]);
       }
@@ -68,7 +71,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
       for (int m = 0; m < 4 * kValuePieces; ++m) o[m][0] *= shift0, o[m][1] *= shift1, o[m][2] *= shift0, o[m][3] *= shift1;
     }
     sum *= shift, top = best;
-    const float base = finite_top(top);
+    const float base = finite_top(best);
     float w[2][2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -85,6 +88,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
   }
   sum = warp_sum<4>(sum);
   __syncthreads();  // `o_out` may lie where `places` does
+  o_out += uniform_warp_id() * group * D;  // not asked for before the loop, which has no register to keep it in
 #pragma unroll
   for (int j = 0; j < kValuePieces; ++j)
 #pragma unroll

@@ -9,7 +9,7 @@
 //     select   keys to everybody, each block finds the threshold                  -> the best pages, dealt to the blocks
 //     estimate 4-bit keys of those                                                -> logits in fp16, their maximum and sum
 //     prune    histograms of mass, cut by one block a head                        -> the union's tokens of each block
-//     attend   each block over its own (kAttend), merged over the cluster         -> out, lse
+//     attend   each block over its own, merged over the cluster                   -> out, lse
 //
 // At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
 // turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
@@ -22,7 +22,7 @@
 
 struct FusedDecodeParams {
   const void* q;             // [b, Hq, d] half or bf16
-  const void* k_pages;       // [pages, Hkv, P, d], kAttend only
+  const void* k_pages;       // [pages, Hkv, P, d]
   const void* v_pages;       // likewise
   const u8* shadow;          // [pages, Hkv, P*d/2 + 4*P]
   const u8* codes;           // [pages, Hkv, V*d]: V = 0 takes every page, 1 means, 2 maxima and minima
@@ -37,8 +37,8 @@ struct FusedDecodeParams {
   int* kept_lengths;         // [b, Hkv]
   int* per_query_head;       // [b, Hq]
   float* mass;               // [b, Hq]
-  void* out;                 // [b, Hq, d], kAttend only
-  float* lse;                // [b, Hq], kAttend only
+  void* out;                 // [b, Hq, d]
+  float* lse;                // [b, Hq]
   float sm_scale;
   float p;
   float bins_per_nat;        // 32 or 16
@@ -52,44 +52,41 @@ struct FusedDecodeParams {
   int page_shift;            // log2 P, 4 or 5
   int page_share;            // pages of a block at most, a multiple of 16
   int entry_share;           // candidate pages of a block at most
+  int stagger;               // blocks of the grid that begin late, from this one on and as many; or 0
 };
 CHECK_PARAMS(FusedDecodeParams);
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
 constexpr int kMaxHeads = 8;
-// Tiles of 16 tokens that a warp has under way: as many as the registers of two blocks a multiprocessor hold.
+// Tiles of 16 tokens that a warp has under way: as many as 128 registers a thread hold.
 template <int D, int Tiles>
 constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : 2;
 
-// Where things lie in dynamic shared memory; `fused_decode.py` adds up the same.
+// Where things lie in dynamic shared memory; `fused_decode.py` adds up the same. Two blocks should leave 60 of a multiprocessor's 256 KB to its L1, where loads
+// under way have their places: with 28 KB the streams run at 60 % of their speed.
 struct Layout {
-  int scores;  // scores of pages (float), then logits (half), then rows of K and V (int), then the warps' O (float)
-  int keys;    // keys of all pages (u32), then who is kept (bytes)
-  int list;    // this block's page numbers, then its candidates: logical and physical
-  int bins;    // histograms
-  int query;   // the query's codes
-  int results;  // what other blocks have attended to: nobody may write there who does not know how far this block is
+  int numbers, keys;  // behind the scores of pages (float): numbers of this block's pages, keys of all (u32)
+  int list;           // this block's candidates: logical and physical numbers
+  int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
+  int bins;           // histograms
+  int query;          // the query's codes, then the query itself
+  int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
 
-  __device__ Layout(const FusedDecodeParams& p, int dim, int vectors, bool attend, int blocks) {
+  __device__ Layout(const FusedDecodeParams& p, int dim, int vectors, int warps, int blocks) {
     const int tokens = p.entry_share << p.page_shift;
+    numbers = 4 * p.group * p.page_share, keys = numbers + 4 * p.page_share;
     int size = 2 * p.group * tokens;
-    if (vectors) size = max(size, 4 * p.group * p.page_share);
-    if (attend) size = max(max(size, 4 * tokens), 4 * kWarps * p.group * dim);
-    scores = 0, keys = scores + size;
-    size = tokens / 8;
-    if (vectors) size = max(size, 4 * p.page_share * blocks);
-    list = keys + ceil_div(size, 16) * 16;
-    size = 8 * p.entry_share;
-    if (vectors) size = max(size, 4 * p.page_share);
-    bins = list + ceil_div(size, 16) * 16;
+    if (vectors) size = max(size, keys + 4 * p.page_share * blocks);
+    size = max(max(size, 4 * tokens), 4 * warps * p.group * dim);
+    list = size, keep = list + ceil_div(8 * p.entry_share, 16) * 16, bins = keep + ceil_div(tokens / 8, 16) * 16;
     query = bins + bin_bytes(p, blocks), results = query + 6 * p.group * dim;
   }
   __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) { return max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1)) * 4; }
 };
 
-template <typename T, int D, int Tiles, int Vectors, bool kAttend>
-__global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
+// 16 warps a block where there is one block a multiprocessor, else 8.
+template <typename T, int D, int Tiles, int Vectors, int kWarps>
+__global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
+  constexpr int kThreads = kWarps * kWarp;
   extern __shared__ __align__(16) unsigned char smem[];
   __shared__ SelectScratch<kThreads> s_select;
   __shared__ TopPScratch<kMaxHeads> s_top_p;
@@ -98,19 +95,23 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
   __shared__ int s_scan[kWarps], s_totals[kMaxCluster];
   const AnyCluster cluster;
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
-  const int lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = uniform_warp_id();
   const int page_size = 1 << p.page_shift, first_head = row * p.group;
-  const Layout layout(p, D, Vectors, kAttend, blocks);
-  float* const scores = reinterpret_cast<float*>(smem + layout.scores);
-  half* const logits = reinterpret_cast<half*>(smem + layout.scores);
+  const Layout layout(p, D, Vectors, kWarps, blocks);
+  float* const scores = reinterpret_cast<float*>(smem);
+  half* const logits = reinterpret_cast<half*>(smem);
   u32* const keys = reinterpret_cast<u32*>(smem + layout.keys);
-  unsigned char* const keep = smem + layout.keys;
+  unsigned char* const keep = smem + layout.keep;
+  int* const numbers = reinterpret_cast<int*>(smem + layout.numbers);
   int* const logical = reinterpret_cast<int*>(smem + layout.list);
   int* const physical = logical + p.entry_share;
   u32* const bins = reinterpret_cast<u32*>(smem + layout.bins);
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = 0;
   // ---- everything that can be asked for before anything is known ----
   const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
   u32 raw[D / 64];
@@ -122,20 +123,26 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
   const int budget = Vectors ? min(p.page_budget[row], p.capacity) : p.capacity;
   const int guess = global_page(cluster, threadIdx.x);
   const int guessed = Vectors && guess < p.max_pages ? table[guess] : 0;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
-  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = 0;
 
   const int real = min(ceil_div(seq_len, page_size), p.max_pages);
   if (real <= 0) {  // the whole cluster leaves
     if (rank == 0 && threadIdx.x == 0) p.kept_lengths[row] = p.candidate_lengths[row] = 0;
     if (rank == 0 && threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = 0, p.mass[first_head + threadIdx.x] = 0.f;
-    if constexpr (kAttend) {
-      if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
+    if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
 #pragma unroll 1
-      for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
-    }
+    for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
     return;
+  }
+  if (p.stagger && row >= p.stagger && row < 2 * p.stagger) {
+    // Blocks that share a multiprocessor would stream together and search together. Half of the first wave waits for as long as the other half streams pages,
+    // and from then on one searches while the other streams: 30 bytes a nanosecond is what a multiprocessor gets.
+    const int wait = real * ((Vectors * D + 4) / 30 + 1);
+    u32 begin, now;
+    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(begin));
+    do {
+      __nanosleep(500);
+      asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+    } while (now - begin < wait);
   }
   const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
   query.quantize<D>(raw, p.q_is_bf16);
@@ -151,15 +158,15 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
       const int tiles = ceil_div(real, kTile);
       const int count = cluster.share(tiles) * kTile - (cluster.owner(tiles - 1) == rank ? tiles * kTile - real : 0);
 #pragma unroll 1
-      for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(logical + i, table + global_page(cluster, i));
-      if (threadIdx.x < count) logical[threadIdx.x] = guessed;
+      for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
+      if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
       cp_async_commit(), cp_async_wait<0>();
       __syncthreads();
       float2 state[kOwned];
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
       if (count > 0) {
-        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, logical, count, p.kv_heads, kv_head, [&](int page, int g, int nth, float score) {
+        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, numbers, count, p.kv_heads, kv_head, [&](int page, int g, int nth, float score) {
           if (g < p.group && page < p.page_share) scores[g * p.page_share + page] = score;
           include(state[nth], score);
         });
@@ -220,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
   int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, run_begin, run_end, kept_here);
 
   // ---- the list ----
-  int* const places = reinterpret_cast<int*>(smem + layout.scores);  // nobody reads logits any more
+  int* const places = reinterpret_cast<int*>(smem);  // nobody reads logits any more
   int* kept = nullptr;
   int kept_before = 0;
   if (runs) {
@@ -237,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
       const int candidate = chunk * 8 + __ffs(mine) - 1, entry = candidate >> p.page_shift, offset = candidate & (page_size - 1);
       mine &= mine - 1;
       if (kept) kept[kept_before + at] = (logical[entry] << p.page_shift) + offset;
-      if constexpr (kAttend) places[at] = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
+      places[at] = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
       ++at;
     }
   }
@@ -249,69 +256,64 @@ __global__ void __launch_bounds__(kThreads, D == 256 ? 1 : 2) fused_decode(const
       if (lane == 0) p.kept_lengths[row] = total;
     }
   };
-  if constexpr (!kAttend) {
-    cluster.sync();
-    report();
-  } else {
-    // ---- attention over this block's tokens ----
-    __shared__ __align__(16) T s_query[kMaxHeads * D];
+  // ---- attention over this block's tokens ----
+  if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
+  T* const s_query = reinterpret_cast<T*>(smem + layout.query);  // the codes are of no more use
 #pragma unroll 1
-    for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
-    __syncthreads();
-    float top, sum;
-    float* const parts = scores;
-    attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group, p.sm_scale * kLog2e,
-                              parts + warp * p.group * D, top, sum);
-    if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
-    __syncthreads();
+  for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+  __syncthreads();
+  float top, sum;
+  float* const parts = scores;
+  attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group, p.sm_scale * kLog2e,
+                            parts, top, sum);
+  if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
+  __syncthreads();
 
-    // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
-    const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
-    float4* const received = reinterpret_cast<float4*>(smem + layout.results);  // [blocks][each]
-    const auto finish = [&](int e, float4 x, float2 joint) {
-      const int head = e / (D / 4), d = e % (D / 4) * 4;
-      const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
-      *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
-          make_uint2(pack2<T>(x.x * scale, x.y * scale), pack2<T>(x.z * scale, x.w * scale));
-      if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
-    };
+  // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
+  const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
+  float4* const received = reinterpret_cast<float4*>(smem + layout.results);  // [blocks][each]
+  const auto finish = [&](int e, float4 x, float2 joint) {
+    const int head = e / (D / 4), d = e % (D / 4) * 4;
+    const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
+        make_uint2(pack2<T>(x.x * scale, x.y * scale), pack2<T>(x.z * scale, x.w * scale));
+    if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
+  };
 #pragma unroll 1
-    for (int e = threadIdx.x; e < all; e += kThreads) {
-      const int head = e / (D / 4);
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      float2 joint = make_float2(-inf(), 0.f), state[kWarps];
+  for (int e = threadIdx.x; e < all; e += kThreads) {
+    const int head = e / (D / 4);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    float2 joint = make_float2(-inf(), 0.f), state[kWarps];
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) state[w] = s_warps[w][head], joint.x = fmaxf(joint.x, state[w].x);
+    for (int w = 0; w < kWarps; ++w) state[w] = s_warps[w][head], joint.x = fmaxf(joint.x, state[w].x);
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
-        const float factor = fast_exp2(state[w].x - finite_top(joint.x));
-        const float4 y = *reinterpret_cast<const float4*>(parts + w * p.group * D + e * 4);
-        joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
-      }
-      if (cluster.alone()) {
-        finish(e, x, joint);
-      } else {
-        const int to = cluster.owner(e);
-        AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
-        if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + head, to), joint);
-      }
+    for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
+      const float factor = fast_exp2(state[w].x - finite_top(joint.x));
+      const float4 y = *reinterpret_cast<const float4*>(parts + w * p.group * D + e * 4);
+      joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
     }
-    if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
-    cluster.sync();
-    report();
-    if (cluster.alone()) return;
-    // A half warp joins one float4, a lane a block.
+    if (cluster.alone()) {
+      finish(e, x, joint);
+    } else {
+      const int to = cluster.owner(e);
+      AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
+      if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + head, to), joint);
+    }
+  }
+  cluster.sync();
+  report();
+  if (cluster.alone()) return;
+  // A half warp joins one float4, a lane a block.
 #pragma unroll 1
-    for (int pair = warp * 2; pair < each; pair += kWarps * 2) {
-      const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
-      float2 joint = make_float2(-inf(), 0.f);
-      float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (r < blocks) joint = s_blocks[0][r][e / (D / 4)], x = received[r * each + cluster.place(e)];
-      const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
-      x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
-      x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);
-      joint.y = warp_sum<kMaxCluster>(joint.y * factor), joint.x = best;
-      if (r == 0 && i < each) finish(e, x, joint);
-    }
+  for (int pair = warp * 2; pair < each; pair += kWarps * 2) {
+    const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
+    float2 joint = make_float2(-inf(), 0.f);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (r < blocks) joint = s_blocks[0][r][e / (D / 4)], x = received[r * each + cluster.place(e)];
+    const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
+    x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
+    x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);
+    joint.y = warp_sum<kMaxCluster>(joint.y * factor), joint.x = best;
+    if (r == 0 && i < each) finish(e, x, joint);
   }
 }

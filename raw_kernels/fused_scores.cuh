@@ -37,7 +37,7 @@ struct QueryCodes {
   template <int D>
   __device__ __forceinline__ void quantize(const u32 (&raw)[D / 64], bool bf) const {
     constexpr int kEach = D / 32;
-    const int head = warp_id(), lane = lane_id();
+    const int head = uniform_warp_id(), lane = lane_id();
     if (head >= group) return;
     float x[kEach], largest = 0.f, total = 0.f;
 #pragma unroll
@@ -158,7 +158,7 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
   constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
   constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 1 ? 4 : 8 / (Tiles * kPieces);  // tiles under way
   constexpr int kHeads = 4 * Tiles;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = warp_id();
+  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
 
   uint4 b[Tiles][kPieces];
 #pragma unroll
@@ -219,7 +219,7 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
                                              int seq_len, int kv_heads, int kv_head, const Use& use) {
   constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
   constexpr int kPieces = D == 256 ? 2 : 1;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = warp_id();
+  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const int page_size = 1 << page_shift, half_shift = page_shift - 4;
   const int block_bytes = (D / 2 + 4) << page_shift;
 

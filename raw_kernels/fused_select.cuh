@@ -27,14 +27,15 @@ __device__ __forceinline__ int scan_block(int x, int* totals, int& total) {
     const int other = __shfl_up_sync(kFullMask, up, step);
     if (lane_id() >= step) up += other;
   }
-  if (lane_id() == kWarp - 1) totals[warp_id()] = up;
+  const int warp = uniform_warp_id();
+  if (lane_id() == kWarp - 1) totals[warp] = up;
   __syncthreads();
   int before = up - x;
   total = 0;
 #pragma unroll
   for (int w = 0; w < kWarps; ++w) {
     const int t = totals[w];
-    before += w < warp_id() ? t : 0, total += t;
+    before += w < warp ? t : 0, total += t;
   }
   return before;
 }
@@ -42,19 +43,22 @@ __device__ __forceinline__ int scan_block(int x, int* totals, int& total) {
 // The bin that holds rank `want` (1 is the largest): result gets the bin, the entries in bins above it, and its own. Empties the histogram. Barriers before and after are the caller's.
 template <int kThreads>
 __device__ __forceinline__ void find_rank(int* histogram, int want, int* totals, int* result) {
-  static_assert(kThreads * 8 == kRadixBins, "8 bins a thread");
-  int4* const mine = reinterpret_cast<int4*>(histogram) + 2 * (kThreads - 1 - threadIdx.x);  // the first thread has the highest bins
-  const int4 low = mine[0], high = mine[1];
-  mine[0] = mine[1] = int4{0, 0, 0, 0};
-  const int count[8] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
-  int sum = 0, total;
+  constexpr int kEach = kRadixBins / kThreads;
+  static_assert(kEach % 4 == 0, "four bins at a time");
+  int4* const mine = reinterpret_cast<int4*>(histogram) + kEach / 4 * (kThreads - 1 - threadIdx.x);  // the first thread has the highest bins
+  int count[kEach], sum = 0, total;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum += count[i];
+  for (int i = 0; i < kEach; i += 4) {
+    const int4 four = mine[kEach / 4 - 1 - i / 4];
+    mine[kEach / 4 - 1 - i / 4] = int4{0, 0, 0, 0};
+    count[i] = four.w, count[i + 1] = four.z, count[i + 2] = four.y, count[i + 3] = four.x;
+    sum += four.x + four.y + four.z + four.w;
+  }
   int above = scan_block<kThreads>(sum, totals, total);
   if (above < want && above + sum >= want) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (above < want && above + count[i] >= want) result[0] = kRadixBins - 1 - static_cast<int>(threadIdx.x) * 8 - i, result[1] = above, result[2] = count[i];
+    for (int i = 0; i < kEach; ++i) {
+      if (above < want && above + count[i] >= want) result[0] = kRadixBins - 1 - static_cast<int>(threadIdx.x) * kEach - i, result[1] = above, result[2] = count[i];
       above += count[i];
     }
   }
@@ -76,26 +80,31 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
   const int padded = ceil_div(count, kTile) * kTile;
 #pragma unroll 1
   for (int i = threadIdx.x; i < padded; i += kThreads) {
-    u32 key = kNothing;
-    const int page = global_page(cluster, i);
-    if (page < real) {
-      float largest = -inf(), total = 0.f, mass = 0.f;
-      bool nan = false;
+    float largest = -inf(), total = 0.f;
+    if (reduce == 0) {
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+        if (g >= group) break;
+        const float share = fmaf(scores[g * pitch + i], kLog2e, 100.f - base[g]);
+        largest = fmaxf(largest, share), total += fast_exp2(share);
+      }
+      // Masses down to 2^-226 are told apart; what is below ranks by its largest head, as a negative number. A NaN makes the total one.
+      if (total == 0.f) total = largest;
+    } else {
 #pragma unroll
       for (int g = 0; g < kHeads; ++g) {
         if (g >= group) break;
         const float x = scores[g * pitch + i];
-        const float share = fmaf(x, kLog2e, -base[g]);
-        nan |= x != x || base[g] != base[g], largest = fmaxf(largest, reduce == 0 ? share : x), total += x;
-        mass += fast_exp2(share + 100.f);
+        largest = x != x ? x : fmaxf(largest, x), total += x;
       }
-      // Masses down to 2^-226 are told apart; what is below ranks by its largest head, as a negative number.
-      float rank = reduce == 0 ? (mass > 0.f ? mass : largest) : reduce == 1 ? total : largest;
-      key = nan || rank != rank ? kNaN : ordered_key(rank + 0.f);  // + 0.f: a zero has one key, whatever its sign
-      // The newest page is taken, whatever its score; but as in the reference, a NaN beats it.
-      if (page == real - 1 && key != kNaN) key = kForced;
-      if (key > kNothing) ++there, low = min(low, key), high = max(high, key == kForced ? 0 : key);  // forced, it would stretch the range of the histogram
+      if (reduce == 2) total = total != total ? total : largest;
     }
+    const int page = global_page(cluster, i);
+    u32 key = total != total ? kNaN : ordered_key(total + 0.f);  // + 0.f: a zero has one key, whatever its sign
+    // The newest page is taken, whatever its score; but as in the reference, a NaN beats it. Forced, it would stretch the range of the histogram.
+    if (page == real - 1 && key != kNaN) ++there, key = kForced;
+    else if (page >= real) key = kNothing;
+    else if (key > kNothing) ++there, low = min(low, key), high = max(high, key);
     keys[page] = key;
   }
   low = __reduce_min_sync(kFullMask, low), high = __reduce_max_sync(kFullMask, high), there = __reduce_add_sync(kFullMask, there);
@@ -118,12 +127,12 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
 }
 
 // From the keys of all `real` pages, those of the ascending list of the best `want` that fall to this block: in turn (stride = cluster size), or a run of
-// them (stride 1). `list` gets them, and `physical` their numbers by `table`. Returns how many; `taken` gets the length of the whole list. `histogram` has kRadixBins ints, all 0.
+// them (stride 1). `list` gets them, and `physical` their numbers by `table`. Returns how many, complete after the caller's barrier; `taken` gets the length of the whole list. `histogram` has kRadixBins ints, all 0.
 template <int kThreads>
 __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScratch<kThreads>& s, const u32* keys, int real, int want_at_most, bool runs, int* histogram,
                                           const int* table, int* list, int* physical, int& taken) {
   constexpr int kWarps = kThreads / kWarp;
-  const int lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = uniform_warp_id();
   u32 low, high;
   {
     uint4 range{kNaN, 0, 0, 0};
@@ -159,38 +168,38 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
     }
   }
 
-  // In order. A warp owns a stretch of pages: it counts, the block adds up, the warp walks again and writes what is this block's.
+  static_assert(kWarps <= kMaxCluster, "`ranges` has one of either");
+  // In order: a run of 8 pages a thread.
   const int per_block = (taken + cluster.size - 1) >> cluster.shift, first = runs ? cluster.rank * per_block : cluster.rank;
   const int mine = runs ? max(min(per_block, taken - first), 0) : cluster.share(taken), stride_shift = runs ? 0 : cluster.shift;
-  const int per_warp = ceil_div(ceil_div(real, kWarps), kWarp) * kWarp, begin = warp * per_warp, end = min(begin + per_warp, real);
-  int counts = 0;  // above, and in the upper half equal
-#pragma unroll 2
-  for (int i = begin + lane; i < end; i += kWarp) {
-    const u32 key = keys[i];
-    counts += (key > threshold) + ((equal > 0 && key == threshold) << 16);
-  }
-  // 32768 entries of either kind a warp at most: a row of a million pages has 4 GB of keys.
-  const int above = __reduce_add_sync(kFullMask, counts & 0xffff), same = __reduce_add_sync(kFullMask, counts >> 16);
-  if (lane == 0) s.mine[warp] = uint4{static_cast<u32>(above), static_cast<u32>(same), 0, 0};
-  __syncthreads();
-  int before_above = 0, before_same = 0;
+  int at = 0, same_rank = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < real; begin += kThreads * 8) {
+    const int i = begin + threadIdx.x * 8;
+    u32 key[8] = {};
+    if (i < real) {  // keys go on to a multiple of 16
+      const uint4 a = load16(keys + i), b = load16(keys + i + 4);
+      key[0] = a.x, key[1] = a.y, key[2] = a.z, key[3] = a.w, key[4] = b.x, key[5] = b.y, key[6] = b.z, key[7] = b.w;
+    }
+    int counts = 0;  // above, and in the upper half equal: 2048 of either at most
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    const uint4 c = s.mine[w];
-    if (w < warp) before_above += c.x, before_same += c.y;
+    for (int j = 0; j < 8; ++j) counts += (key[j] > threshold && i + j < real) + ((equal > 0 && key[j] == threshold) << 16);
+    int total;
+    const int before = scan_block<kThreads>(counts, s.scan, total);
+    int above = at + (before & 0xffff), same = same_rank + (before >> 16);
+    at += total & 0xffff, same_rank += total >> 16;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const bool is_above = key[j] > threshold && i + j < real, is_same = equal > 0 && key[j] == threshold;
+      const int rank = above + min(same, equal) - first, slot = rank >> stride_shift;
+      if ((is_above || (is_same && same < equal)) && rank >= 0 && slot < mine && slot << stride_shift == rank) {
+        list[slot] = i + j;
+        cp_async4(physical + slot, table + i + j);
+      }
+      above += is_above, same += is_same;
+    }
+    __syncthreads();
   }
-  const u32 lower = (1u << lane) - 1;
-#pragma unroll 2
-  for (int i0 = begin; i0 < end; i0 += kWarp) {
-    const int i = i0 + lane;
-    const u32 key = i < end ? keys[i] : 0;
-    const u32 is_above = __ballot_sync(kFullMask, key > threshold);
-    const u32 is_same = equal > 0 ? __ballot_sync(kFullMask, i < end && key == threshold) : 0;
-    const int same_rank = before_same + __popc(is_same & lower);
-    const int at = before_above + __popc(is_above & lower) + min(same_rank, equal) - first, slot = at >> stride_shift;
-    const bool in = (is_above >> lane & 1 || (is_same >> lane & 1 && same_rank < equal)) && at >= 0 && slot < mine && slot << stride_shift == at;
-    if (in) list[slot] = i, physical[slot] = table[i];
-    before_above += __popc(is_above), before_same += __popc(is_same);
-  }
+  cp_async_commit(), cp_async_wait<0>();
   return mine;
 }

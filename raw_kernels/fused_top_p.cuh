@@ -51,7 +51,7 @@ template <int kThreads, int kMaxHeads>
 __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int length, int group, float p,
                                                float per_nat, int bits, const float2* parts, float2* all_parts, u32* bins, u32* sums) {
   constexpr int kWarps = kThreads / kWarp;
-  const int lane = lane_id(), warp = warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
+  const int lane = lane_id(), warp = uniform_warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
   const int chunks = size / 8, first_chunk = nth < team ? nth * kWarp + lane : chunks, step = team * kWarp;
   const float width = 1.f / per_nat, to_log2 = -kLog2e * width, one = static_cast<float>(1 << bits);
 
@@ -60,8 +60,9 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
   const float begin = ceilf(here.x * per_nat);
   const bool some = here.x > kLowest && here.y < inf();
   if (warp == 0 && lane < group) {
-    // Below ln(2n / ((1 - p) Z)) nats everything together weighs less than (1 - p) Z / 2 and need not be told apart; with this block's Z, if anything, deeper.
-    const float depth = ceilf(fmaxf(__logf(2.f * length / ((1.f - p) * here.y)) * per_nat, 0.f)) + 2.f;
+    // Below ln(n / ((1 - p) Z)) nats everything together weighs less than (1 - p) Z and is not needed; with this block's Z, if anything, deeper. 2 % and
+    // a bin are for rounding.
+    const float depth = ceilf(fmaxf(__logf(1.02f * length / ((1.f - p) * here.y)) * per_nat, 0.f)) + 2.f;
     s.origin[lane] = begin;
     s.limit[lane] = some && p < 1.f ? fminf(depth, kMassBins - 1) : -inf();
   }
@@ -74,23 +75,33 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
 
   // Twice at most: all bins, then the bin that holds the cut, divided finer.
   const int owned = warp < group && cluster.owner(warp) == cluster.rank ? warp : -1;  // the head that this warp cuts
-  float top = 0.f, from = s.origin[g], low = 0.f, depth = s.limit[g];
+  float top = 0.f, from = s.origin[g], depth = s.limit[g];
 #pragma unroll 1
   for (int pass = 0;; ++pass) {
     // ---- histogram ----
     if (depth > 0.f) {
-      const float divide = pass ? kMassSubBins : 1.f;
+      const u32 at = smem_address(bins + g * kMassBins);
+      const auto count = [&](float scaled, float y) {
+        const float floored = __fadd_rd(scaled, kMagic);
+        const u32 weight = bin_weight(pass ? y : y - (floored - kMagic), width, one);
+        asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(at + low_bits(floored) * 4), "r"(weight) : "memory");
+      };
 #pragma unroll 1
       for (int chunk = first_chunk; chunk < chunks; chunk += step) {
         Chunk<half> v;
         v.load(logits + g * pitch + chunk * 8);
-        if (fmaf(-per_nat, v.max(), from) - low >= depth) continue;
+        if (fmaf(-per_nat, v.max(), from) >= depth) continue;
+        if (pass == 0) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float y = fmaf(-per_nat, v[i], from) - low;
-          if (y < depth && y >= 0.f) {
-            const float floored = __fadd_rd(y * divide, kMagic);
-            atomicAdd(bins + g * kMassBins + low_bits(floored), bin_weight(pass ? y : y - (floored - kMagic), width, one));
+          for (int i = 0; i < 8; ++i) {
+            const float y = fmaf(-per_nat, v[i], from);
+            if (y < depth) count(y, y);
+          }
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < 8; ++i) {
+            const float y = fmaf(-per_nat, __half2float(logits[g * pitch + chunk * 8 + i]), from);
+            if (y < depth && y >= 0.f) count(y * kMassSubBins, y);
           }
         }
       }
@@ -157,7 +168,7 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       for (int i = threadIdx.x; i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
       __syncthreads();
     }
-    low = s.refine[g] - 1.f, from += s.shift[g], depth = s.refine[g] ? 1.f : 0.f;
+    from += s.shift[g] - (s.refine[g] - 1.f), depth = s.refine[g] ? 1.f : 0.f;
   }
 }
 

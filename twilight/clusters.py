@@ -41,6 +41,13 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} (CUDA driver error {status})")
 
 
+def _config(grid: tuple[int, int, int], block: tuple[int, int, int], smem: int, stream: int, cluster: int) -> _Config:
+    attribute = _Attribute(_CLUSTER_DIMENSION)
+    attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
+    three = ctypes.c_uint * 3
+    return _Config(three(*grid), three(*block), smem, stream, ctypes.pointer(attribute), 1)
+
+
 def launch(
     function: int,
     grid: tuple[int, int, int],
@@ -51,10 +58,7 @@ def launch(
     cluster: int,
 ) -> None:
     """Launch `function` in clusters of `cluster` blocks along x; `params` points to its one parameter."""
-    attribute = _Attribute(_CLUSTER_DIMENSION)
-    attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
-    three = ctypes.c_uint * 3
-    config = _Config(three(*grid), three(*block), smem, stream, ctypes.pointer(attribute), 1)
+    config = _config(grid, block, smem, stream, cluster)
     arguments = (ctypes.c_void_p * 1)(params)
     status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), arguments, None)
     _check(status, f"launch of {grid} blocks in clusters of {cluster}")
@@ -64,3 +68,14 @@ def allow_large(function: int) -> None:
     """Let launches of `function` ask for more than 8 blocks a cluster."""
     status = _driver().cuFuncSetAttribute(ctypes.c_void_p(function), _NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
     _check(status, "clusters of more than 8 blocks")
+
+
+def max_active(function: int, threads: int, smem: int, cluster: int) -> int:
+    """Return how many clusters of `cluster` blocks fit the GPU at once."""
+    found = ctypes.c_int()
+    config = _config((cluster, 1, 1), (threads, 1, 1), smem, 0, cluster)
+    status = _driver().cuOccupancyMaxActiveClusters(
+        ctypes.byref(found), ctypes.c_void_p(function), ctypes.byref(config)
+    )
+    _check(status, f"occupancy of clusters of {cluster}")
+    return found.value

@@ -39,8 +39,8 @@ def as_mask(selection, n):
     return mask.scatter_(-1, lists.masked_fill(~counted, n), True)[..., :n]
 
 
-def check(case, p, *, reduce="softmax", attend=None):
-    got = case.run(p, reduce=reduce, attend=attend)
+def check(case, p, *, reduce="softmax"):
+    got = case.run(p, reduce=reduce)
     page, pages = case.page, case.table.shape[1]
     have = (case.seq_lens + page - 1) // page
 
@@ -98,20 +98,18 @@ def check(case, p, *, reduce="softmax", attend=None):
     return got
 
 
-@pytest.mark.parametrize("attend", [True, False])
 @pytest.mark.parametrize("vectors", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
 @pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])
-def test_ragged_rows(attend, vectors, dtype, dim, page, heads, group):
+def test_ragged_rows(vectors, dtype, dim, page, heads, group):
     case = Case([1500, 0, 1, 777, 16, 4100], vectors=vectors, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
-    check(case, 0.9, attend=attend)
+    check(case, 0.9)
 
 
 @pytest.mark.parametrize("batch,length", [(1, 8192), (1, 32768), (1, 131071), (3, 40000), (20, 5000), (40, 3001)])
-@pytest.mark.parametrize("attend", [True, False])
-def test_every_size_of_cluster(batch, length, attend):
-    check(Case([length - 7 * i for i in range(batch)], heads=8), 0.9, attend=attend)
+def test_every_size_of_cluster(batch, length):
+    check(Case([length - 7 * i for i in range(batch)], heads=8), 0.9)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.95, 0.999, 1.0])
@@ -161,12 +159,11 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("lengths", [[32768], [9000, 1, 4097], [3000] * 40])
-@pytest.mark.parametrize("attend", [True, False])
-def test_twenty_runs_are_bitwise_equal(lengths, attend):
+def test_twenty_runs_are_bitwise_equal(lengths):
     case = Case(lengths, heads=8)
-    first = case.run(0.9, attend=attend)
+    first = case.run(0.9)
     for _ in range(20):
-        again = case.run(0.9, attend=attend)
+        again = case.run(0.9)
         assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
         assert torch.equal(first.pruned.selection.lengths, again.pruned.selection.lengths)
         assert torch.equal(first.pruned.mass, again.pruned.mass)

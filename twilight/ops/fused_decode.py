@@ -26,7 +26,6 @@ from twilight.selection import Selection
 
 _DIMS = (64, 128, 256)
 _HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
-_THREADS = 256
 _MAX_CLUSTER = 16
 _REDUCTIONS = ("softmax", "sum", "max")
 
@@ -42,16 +41,16 @@ class FusedDecodeParams(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("sm_scale", "p", "bins_per_nat")),
         *((name, ctypes.c_int) for name in (
             "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
-            "entry_share",
+            "entry_share", "stagger",
         )),
     ]  # fmt: skip
 
 
 STRUCTS = (FusedDecodeParams,)
 INSTANTIATIONS = tuple(
-    f"fused_decode<{kind}, {dim}, {tiles}, {vectors}, {attend}>"
-    for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2)
-    for kind, attend in (("half", "false"), ("half", "true"), ("bf16", "true"))
+    f"fused_decode<{kind}, {dim}, {tiles}, {vectors}, {warps}>"
+    for kind in _HALVES.values() for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
+    if dim < 256 or warps == 8
 )  # fmt: skip
 
 
@@ -60,15 +59,15 @@ class FusedDecode:
     """What one step leaves.
 
     Attributes:
-        out: `[b, Hq, d]` in the type of q, or None if the kernel was told not to attend.
-        lse: `[b, Hq]` float32, or None.
-        pruned: what was kept. Without `lists`, and if the kernel attends by itself, the indices of its selection are
-            empty, `[b, Hkv, 0]`, and only the lengths are there.
+        out: `[b, Hq, d]` in the type of q.
+        lse: `[b, Hq]` float32.
+        pruned: what was kept. Without `lists` the kernel leaves the indices of its selection empty, `[b, Hkv, 0]`, and
+            only the lengths are there.
         candidates: the pages that were scored, likewise.
     """
 
-    out: torch.Tensor | None
-    lse: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
     pruned: Pruned
     candidates: Selection
 
@@ -86,7 +85,6 @@ def fused_decode(
     *,
     sm_scale: float | None = None,
     reduce: str = "softmax",
-    attend: bool | None = None,
     lists: bool = False,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> FusedDecode:
@@ -106,8 +104,6 @@ def fused_decode(
         p: mass to keep, in (0, 1].
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
         reduce: how query heads are combined to rank pages; see `twilight.combine_group`.
-        attend: whether the kernel attends by itself or leaves that to `sparse_attention`, which balances rows of
-            different budgets over the whole GPU; by default what is faster.
         lists: return the indices too, not only how many there are.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
@@ -115,7 +111,7 @@ def fused_decode(
     reason = unsupported(q, k_pages, shadow, vectors, page_table, budget)
     if kernels.use_kernel(backend, q.device, reason):
         pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
-        return _cuda(q, *pages, budget, p, scale, reduce, attend, lists)
+        return _cuda(q, *pages, budget, p, scale, reduce, lists)
     page_size = k_pages.shape[2]
     if vectors:
         assert budget is not None
@@ -164,7 +160,7 @@ def unsupported(
         return "the pages are not contiguous"
     if q.is_cuda:
         shape = _shape(q, k_pages, vectors, page_table, budget)
-        if _plan(*shape, q.get_device(), True) is None:
+        if _plan(*shape, q.get_device()) is None:
             return f"{shape[2]} candidate pages a row do not fit into the shared memory of a cluster"
     return None
 
@@ -183,44 +179,59 @@ def _shape(
     return q.shape[0] * k_pages.shape[1], max_pages, capacity, q.shape[1] // k_pages.shape[1], dim, count, page_size
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How a row is cut: blocks of a cluster, warps of a block, pages and candidate pages of a block, its bytes."""
+
+    cluster: int
+    warps: int
+    pages: int
+    entries: int
+    smem: int
+
+
 def _plan(
-    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int,
-    attend: bool,
-) -> tuple[int, int, int, int] | None:  # fmt: skip
-    """Return (blocks of a cluster, pages and candidate pages of a block, bytes of shared memory), or None."""
+    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
+) -> _Plan | None:
+    """Cut rows so that they fill the GPU once, or more often if they are many; None if a row fits no cluster."""
     block_limit, total = shared_memory(index)
     sizes = (1, 2, 4, 8, 16) if torch.cuda.get_device_capability(index) >= (9, 0) else (1,)
     sms = kernels.num_sms(index)
-    least = max((c for c in sizes if rows * c <= 2 * sms), default=1)
+    # One block of 16 warps a multiprocessor. Clusters of 8 and 16 find no more than 7 eighths of them free together.
+    least = max((c for c in sizes if rows * c <= sms and c <= 8), default=1)
     fallback = None
     for cluster in (c for c in sizes if c >= least):
+        warps = 16 if rows * cluster <= sms and dim < 256 else 8  # 256 channels need the registers of 16 warps for 8
         pages = -(-max_pages // (16 * cluster)) * 16
         entries = -(-capacity // cluster)
-        need = _smem(pages, entries, group, dim, vectors, page_size, cluster, attend)
-        if need <= total // 2 - _STATIC_SMEM:
-            return cluster, pages, entries, need
-        if need <= block_limit - _STATIC_SMEM and fallback is None:
-            fallback = cluster, pages, entries, need
+        plan = _Plan(
+            cluster, warps, pages, entries, _smem(pages, entries, group, dim, vectors, page_size, cluster, warps)
+        )
+        alone = warps == 16 or dim == 256
+        if plan.smem <= (block_limit if alone else min(total, _SMEM_OF_TWO) // 2) - _STATIC_SMEM:
+            return plan
+        if plan.smem <= block_limit - _STATIC_SMEM and fallback is None:
+            fallback = plan
     return fallback
 
 
-_STATIC_SMEM = 8192
+_STATIC_SMEM = 6144
 """What the kernel takes besides, at most, and what the GPU keeps for itself."""
+_SMEM_OF_TWO = 196 * 1024
+"""What two blocks may take together on sm_90: the rest, 60 KB, is L1, without which loads have no place to wait in."""
 
 
 def _smem(
-    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, cluster: int, attend: bool
+    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, cluster: int, warps: int
 ) -> int:
     """Return the bytes that `Layout` in raw_kernels/fused_decode.cu adds up to."""
     tokens = entries * page_size
-    scores = max(2 * group * tokens, 4 * group * pages if vectors else 0)
-    if attend:
-        scores = max(scores, 4 * tokens, 4 * (_THREADS // 32) * group * dim)
-    keys = max(tokens // 8, 4 * pages * cluster if vectors else 0)
-    listed = max(8 * entries, 4 * pages if vectors else 0)
+    scores = max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
+    if vectors:
+        scores = max(scores, 4 * pages * (group + 1 + cluster))
+    lists = -(-8 * entries // 16) * 16 + -(-tokens // 128) * 16
     bins = max(8192, 2048 * group * (2 if cluster > 1 else 1))
-    query_and_results = (6 + (4 if attend else 0)) * group * dim
-    return scores + -(-keys // 16) * 16 + -(-listed // 16) * 16 + bins + query_and_results
+    return scores + lists + bins + 6 * group * dim + (4 * group * dim if cluster > 1 else 0)
 
 
 def _cuda(
@@ -235,53 +246,45 @@ def _cuda(
     p: float,
     sm_scale: float,
     reduce: str,
-    attend: bool | None,
     lists: bool,
 ) -> FusedDecode:
     b, q_heads, dim = q.shape
     shape = _shape(q, k_pages, vectors, page_table, budget)
     rows, max_pages, capacity, group, _, count, page_size = shape
     kv_heads, index, device = rows // b, q.get_device(), q.device
-    if attend is None:
-        # In one wave of blocks a heavy row delays the step by less than another launch takes.
-        attend = rows * 2 <= 2 * kernels.num_sms(index)
-    plan = _plan(*shape, index, True)
+    plan = _plan(*shape, index)
     assert plan is not None
-    cluster, pages, entries, smem = plan
     n = capacity * page_size
     counts = torch.empty(2 * rows + b * q_heads, dtype=torch.int32, device=device)
     candidate_lengths, kept_lengths = counts[:rows].view(b, -1), counts[rows : 2 * rows].view(b, -1)
     per_query_head = counts[2 * rows :].view(b, -1)
-    mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
+    mass, lse = torch.empty((2, b, q_heads), dtype=torch.float32, device=device)
     candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
-    kept = torch.empty((b, kv_heads, 0 if attend and not lists else n), dtype=torch.int32, device=device)
-    out = torch.empty_like(q) if attend else None
-    lse = torch.empty((b, q_heads), dtype=torch.float32, device=device) if attend else None
+    kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
+    out = torch.empty((b, q_heads, dim), dtype=q.dtype, device=device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
-    kind = _HALVES[q.dtype] if attend else "half"
     kernel = kernels.load(
         "fused_decode",
-        f"fused_decode<{kind}, {dim}, {1 if group <= 4 else 2}, {count}, {'true' if attend else 'false'}>",
+        f"fused_decode<{_HALVES[q.dtype]}, {dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
         max_dynamic_smem=shared_memory(index)[0] - _STATIC_SMEM,
         max_cluster=_MAX_CLUSTER,
         device=device,
     )
+    sms = kernels.num_sms(index)
     params = FusedDecodeParams(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
         vectors[0].data_ptr() if vectors else None, vectors[1].data_ptr() if vectors else None,
         page_table.data_ptr(), seq_lens.data_ptr(), None if page_budget is None else page_budget.data_ptr(),
-        candidates.data_ptr() if lists else None, candidate_lengths.data_ptr(),
-        kept.data_ptr() if lists or not attend else None, kept_lengths.data_ptr(), per_query_head.data_ptr(),
-        mass.data_ptr(), None if out is None else out.data_ptr(), None if lse is None else lse.data_ptr(),
+        candidates.data_ptr() if lists else None, candidate_lengths.data_ptr(), kept.data_ptr() if lists else None,
+        kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
-        q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, pages, entries,
+        q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
+        plan.entries, sms if plan.cluster == 1 and rows > sms else 0,
     )  # fmt: skip
-    kernel.launch((cluster, rows, 1), (_THREADS, 1, 1), params, smem, cluster=cluster)
-    pruned = Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass)
-    if not attend:
-        out, lse = sparse_attention(
-            q, k_pages, v_pages, page_table, seq_lens, pruned.selection, sm_scale=sm_scale, backend="cuda"
-        )
-    return FusedDecode(out, lse, pruned, Selection(candidates, candidate_lengths, page_size))
+    kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
+    return FusedDecode(
+        out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass),
+        Selection(candidates, candidate_lengths, page_size),
+    )  # fmt: skip
