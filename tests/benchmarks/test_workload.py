@@ -73,7 +73,7 @@ def test_4_bit_keys_and_bounds_speak_of_the_keys(work):
         step = params[..., :1].float()
         used = torch.tensor(work.cache.table.rows).flatten()
         assert ((dequantize(codes, params) - keys).abs() <= 0.51 * step + 1e-3)[used].all()
-        high, low = dequantize_bounds(layer.metadata("bounds"))
+        high, low = dequantize_bounds(layer.metadata("bounds"), layer.metadata("bounds_params"))
         largest, smallest = keys.amax(2), keys.amin(2)
         assert (high >= largest)[used].all()
         assert (low <= smallest)[used].all()
