@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from twilight.errors import missing_extra
 
-from .tables import QUEST, length
+from .tables import QUEST, length, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,11 +54,11 @@ def speedup(data: dict[str, Any]) -> Figure:
     batches = sorted({cell["batch"] for cell in data["cells"]})
     lengths = sorted({cell["length"] for cell in data["cells"]})
     for panel, (heads, cells) in zip(panels, shapes.items(), strict=True):
-        for number, batch in enumerate(batches):
+        for order, batch in enumerate(batches):
             points = sorted(
                 (cell["length"], cell["methods"][QUEST]["speedup"]) for cell in cells if cell["batch"] == batch
             )
-            style = number % len(_BATCHES)
+            style = order % len(_BATCHES)
             panel.plot(
                 [x for x, _ in points], [y for _, y in points], color=_BATCHES[style], marker=_MARKERS[style],
                 label=f"batch {batch}", linewidth=1.8, markersize=6,
@@ -75,53 +75,54 @@ def speedup(data: dict[str, Any]) -> Figure:
         panel.margins(x=0.08)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("times as fast as the best dense kernel")
-    panels[0].legend(frameon=False, fontsize=9)
-    figure.suptitle(f"Quest + top-p, one layer's attention, {data['gpu']}", fontsize=11)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(batches), frameon=False,
+        fontsize=9, title=f"Quest + top-p, one layer's attention, {data['gpu']}", title_fontsize=11,
+    )  # fmt: skip
     return figure
 
 
 def stages(data: dict[str, Any]) -> Figure:
-    """Draw the stages of Quest with top-p as shares of dense: a bar for each cell, and a tick for the step as a whole.
+    """Draw the stages of Quest with top-p as shares of the step: a panel for each shape of heads, a bar for each cell.
 
-    Stages are timed apart: together they can take more than the step, whose launches overlap, or less.
+    Stages are timed apart: together they can take more than the step, which is at 100 %, or less.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    cells = [cell for shape in _shapes(data).values() for cell in shape]
-    several = len(_shapes(data)) > 1
-    figure = Figure(figsize=(7.5, 1.7 + 0.42 * len(cells)), layout="constrained")
-    panel = figure.subplots()
-    labels = []
-    for y, cell in enumerate(cells):
-        row = cell["methods"][QUEST]
-        dense = cell["dense"][cell["best_dense"]]["us"]
-        left = 0.0
-        for stage, (colour, hatch) in _STAGES.items():
-            if stage in row:
-                share = row[stage]["us"] / dense
-                panel.barh(
-                    y, share, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.68,
-                    label=stage if y == 0 else None,
-                )  # fmt: skip
-                left += share
-        whole = row["total"]["us"] / dense
-        panel.plot([whole, whole], [y - 0.42, y + 0.42], color="black", linewidth=2, label="whole" if y == 0 else None)
-        end = max(left, whole)
-        panel.text(end, y, f"  {row['total']['us']:.0f} of {dense:.0f} µs", va="center", fontsize=9)
-        heads = f"{cell['q_heads']}/{cell['kv_heads']}, " if several else ""
-        labels.append(f"{heads}b={cell['batch']}, {length(cell['length'])}")
-    panel.axvline(1.0, color="0.4", linewidth=1, linestyle="--")
-    panel.set_yticks(range(len(cells)), labels)
-    panel.invert_yaxis()
-    panel.set_xlim(0, 1.25 * max(1.0, panel.get_xlim()[1]))
-    panel.set_xlabel("time, with the best dense kernel at 1 (dashed)")
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=9, title=_title(data))
+    shapes = _shapes(data)
+    most = max(len(cells) for cells in shapes.values())
+    figure = Figure(figsize=(1.4 + 4.8 * len(shapes), 1.6 + 0.36 * most), layout="constrained")
+    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
+    for panel, (heads, cells) in zip(panels, shapes.items(), strict=True):
+        for y, cell in enumerate(cells):
+            row = cell["methods"][QUEST]
+            whole, left = row["total"]["us"], 0.0
+            for stage, (colour, hatch) in _STAGES.items():
+                if stage in row:
+                    share = 100 * row[stage]["us"] / whole
+                    panel.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.72)
+                    left += share
+            panel.text(max(left, 100.0), y, f"  {number(whole)} µs, {row['speedup']:.1f}×", va="center", fontsize=9)
+        panel.axvline(100, color="0.3", linewidth=1, linestyle="--")
+        panel.set_yticks(range(len(cells)), [f"b={cell['batch']}, {length(cell['length'])}" for cell in cells])
+        panel.invert_yaxis()
+        panel.margins(y=0.02)
+        panel.set_xlim(0, 1.35 * max(100.0, panel.get_xlim()[1] / 1.05))
+        panel.set_xticks(range(0, 101, 25))
+        panel.set_xlabel("stage in % of the step; µs a layer, and × dense")
+        panel.set_title(f"{heads} heads", fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    drawn = {stage for cells in shapes.values() for cell in cells for stage in cell["methods"][QUEST]}
+    patches = [
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=stage)
+        for stage, (colour, hatch) in _STAGES.items() if stage in drawn
+    ]  # fmt: skip
+    figure.legend(
+        handles=patches, loc="outside upper center", ncols=len(patches), frameon=False, fontsize=9,
+        title=f"Where a step of Quest + top-p spends its time, {data['gpu']}", title_fontsize=11,
+    )  # fmt: skip
     return figure
-
-
-def _title(data: dict[str, Any]) -> str:
-    return f"Stages of Quest + top-p, one layer, {data['gpu']}"
 
 
 def _shapes(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -36,22 +36,24 @@ def test_a_line_for_each_batch_goes_through_its_ratios(data):
     assert len({colour for colour, _ in styles}) == len({marker for _, marker in styles}) == len(styles)
 
 
-def test_both_shapes_of_heads_get_a_panel(data):
+@pytest.mark.parametrize("draw", [plot.speedup, plot.stages])
+def test_both_shapes_of_heads_get_a_panel(data, draw):
     data["cells"].append({**data["cells"][0], "kv_heads": 32})
-    assert [panel.get_title() for panel in plot.speedup(data).axes] == ["32/8 heads", "32/32 heads"]
+    assert [panel.get_title() for panel in draw(data).axes] == ["32/8 heads", "32/32 heads"]
 
 
-def test_bars_are_the_stages_against_dense(data):
+def test_bars_are_the_stages_against_the_step(data):
     (panel,) = plot.stages(data).axes
-    cell = data["cells"][-1]
-    row, dense = cell["methods"]["quest + top-p"], cell["dense"][cell["best_dense"]]["us"]
-    bars = [bar for bar in panel.patches if abs(bar.get_y() + bar.get_height() / 2 - (len(data["cells"]) - 1)) < 0.1]
-    widths = [bar.get_width() * dense for bar in bars]
+    last = len(data["cells"]) - 1
+    row = data["cells"][last]["methods"]["quest + top-p"]
+    bars = [bar for bar in panel.patches if abs(bar.get_y() + bar.get_height() / 2 - last) < 0.1]
+    widths = [bar.get_width() / 100 * row["total"]["us"] for bar in bars]
     assert widths == pytest.approx([row[stage]["us"] for stage in ("select", "estimate", "prune", "attend")])
-    assert [bar.get_x() * dense for bar in bars[1:]] == pytest.approx([sum(widths[:n]) for n in (1, 2, 3)])
+    starts = [bar.get_x() / 100 * row["total"]["us"] for bar in bars]
+    assert starts == pytest.approx([sum(widths[:n]) for n in range(4)])
     assert len({(bar.get_facecolor(), bar.get_hatch()) for bar in bars}) == 4
-    whole = panel.get_lines()[len(data["cells"]) - 1]
-    assert whole.get_xdata()[0] * dense == pytest.approx(row["total"]["us"])
+    assert panel.get_yticklabels()[last].get_text() == "b=64, 32k"
+    assert [text.get_text() for text in panel.texts][last] == "  310 µs, 6.1×"
 
 
 def test_a_report_draws_files(tmp_path, capsys):
