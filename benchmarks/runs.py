@@ -42,6 +42,8 @@ def check_common(args: argparse.Namespace) -> torch.device:
             "  see what is missing: twilight doctor\n"
             "  try the benchmark's own code: twilight bench --device cpu"
         )
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.benchmarks.fake_flashinfer import install
 from twilight import Geometry, TopP, TwilightAttention, kernels
 from twilight.benchmarks import main
 from twilight.benchmarks import model_step as bench_model
@@ -107,6 +108,20 @@ def test_ways_differ_in_attention_only(bench):
     assert torch.equal(logits(bench, found[PAGED]), dense)
 
 
+@pytest.mark.parametrize("name", [REST, "quest + top-p", "dense: torch math"])
+def test_the_new_token_stands_behind_the_others(bench, name, monkeypatch):
+    seen = []
+    right = bench.model.forward
+    monkeypatch.setattr(
+        bench.model, "forward", lambda ids, at, attend: (seen.append(at.tolist()), right(ids, at, attend))[1]
+    )
+    way = next(way for way in ways(bench, bench.work.cache.selector, 0.9, {}) if way.name == name)
+    logits(bench, way)
+    assert seen == [[LENGTH - SPARE] * 2]
+    # And the next step begins with the token that this one found.
+    assert bench.ids.tolist() != [3, 5]
+
+
 def test_everything_kept_is_dense(bench):
     """Full candidates, p = 1: the path of a sparse step, the numbers of a dense one."""
     quest = bench.work.cache.selector
@@ -115,6 +130,15 @@ def test_everything_kept_is_dense(bench):
     way = Way("x", lambda i, q, k, v: everything.decode(queries[i], k, v, layers[i])[0], grows=True)
     dense = next(way for way in ways(bench, quest, 0.9, {}) if way.name == PAGED)
     torch.testing.assert_close(logits(bench, way), logits(bench, dense), rtol=1e-4, atol=1e-4)
+
+
+def test_flashinfer_does_the_same_step(bench, monkeypatch):
+    install(monkeypatch)
+    found = {way.name: way for way in ways(bench, bench.work.cache.selector, 0.9, {})}
+    dense = logits(bench, found[PAGED])
+    for name in ("dense: flashinfer", "dense: flashinfer, tensor cores"):
+        torch.testing.assert_close(logits(bench, found[name]), dense, rtol=1e-4, atol=1e-4)
+        assert bench.static.lengths == [LENGTH - SPARE] * 2  # it appends beside the cache
 
 
 def test_sdpa_is_given_exactly_the_tokens_there_are(bench):

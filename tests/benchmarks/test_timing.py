@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -23,6 +25,62 @@ def test_every_call_is_made_in_turn():
     made.clear()
     time_replays(lambda: made.append(7), repeats=3, device=CPU)
     assert made == [7] * 5  # two come first
+
+
+class FakeCuda:
+    """Streams, events and graphs of a GPU on which a call takes as long as it says, and a replay 9 us more."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.captured, self.capturing, self.replays = 0.0, 0.0, False, []
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Event) -> float:
+                return (other.at - self.at) / 1e3  # milliseconds
+
+        class Graph:
+            def replay(self) -> None:
+                assert not fake.capturing
+                fake.replays.append(fake.captured)
+                fake.now += fake.captured + 9
+
+        @contextlib.contextmanager
+        def graph(graph, stream):
+            fake.captured, fake.capturing = 0.0, True
+            yield
+            fake.capturing = False
+
+        for name, value in {
+            "Event": Event, "CUDAGraph": Graph, "graph": graph, "Stream": lambda device: None,
+            "stream": lambda stream: contextlib.nullcontext(), "synchronize": lambda device: None,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def call(self, us: float) -> None:
+        if self.capturing:
+            self.captured += us
+        else:
+            self.now += us
+
+
+@pytest.mark.parametrize(
+    ("us", "calls", "layers", "rounds"),
+    [(10, 2, 1, 6), (10, 30, 1, 1), (40, 1, 4, 3), (1500, 1, 1, 3), (9000, 1, 1, 1)],
+)
+def test_a_replay_is_long_enough_to_hide_its_start(monkeypatch, us, calls, layers, rounds):
+    gpu = FakeCuda(monkeypatch)
+    times = time_calls([lambda: gpu.call(us)] * calls, 5, torch.device("cuda"), layers=layers)
+    assert gpu.replays == [rounds * calls * us] * 7  # two come first
+    assert times["us"] == pytest.approx(us + 9 / (rounds * calls))
 
 
 class Clock:

@@ -47,8 +47,8 @@ def test_quest_keeps_about_one_token_in_64(group):
     )
     budgets = stages.budgets(length)
     assert budgets["candidates"] == length / 4
-    # 24 heads draw their number from a log-normal: their mean has a deviation of a third.
-    assert 0.5 < budgets["union"]["mean"] / (length / 64) < 1.6
+    # 24 heads draw their number from a log-normal; it is nearer at the benchmark's lengths.
+    assert 0.65 < budgets["union"]["mean"] / (length / 64) < 1.1
     assert budgets["union"]["max"] > 10 * budgets["union"]["min"]
 
 
