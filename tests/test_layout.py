@@ -159,7 +159,10 @@ def test_every_installation_decodes_and_composes(place, request):
 def test_the_wheel_has_every_file_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twilight").rglob("*.py")} | {"twilight/py.typed"}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twilight").rglob("*.py")} | {
+        "twilight/py.typed",
+        "twilight/crossover.json",
+    }
     expected |= {f"twilight_selectors/{path.name}" for path in (ROOT / "selectors").glob("*.py")}
     expected |= {f"twilight/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     kernels = [path for path in (ROOT / "raw_kernels").iterdir() if path.suffix in (".cu", ".cuh", ".md")]

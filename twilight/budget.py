@@ -63,9 +63,7 @@ class UniformBudget:
         if capacity is not None and isinstance(self.value, int) and self.value > capacity:
             raise ValueError(f"budget: {self.value} tokens are more than the {capacity} that the cache can hold")
 
-    def resolve(
-        self, seq_lens: torch.Tensor, num_kv_heads: int, *, max_seq_len: int, page_size: int = 16
-    ) -> Budget:
+    def resolve(self, seq_lens: torch.Tensor, num_kv_heads: int, *, max_seq_len: int, page_size: int = 16) -> Budget:
         """Turn the policy into tokens, in one launch on a GPU. A cache does it once a step, for all of its layers.
 
         Args:
@@ -78,9 +76,7 @@ class UniformBudget:
             capacity = max(self.min_tokens, math.ceil(max_seq_len * self.value))
         else:
             capacity = self.value
-        tokens, pages = ops.budget(
-            seq_lens, num_kv_heads, self.value, min_tokens=self.min_tokens, page_size=page_size
-        )
+        tokens, pages = ops.budget(seq_lens, num_kv_heads, self.value, min_tokens=self.min_tokens, page_size=page_size)
         return Budget(tokens, max(1, min(capacity, max_seq_len)), {page_size: pages})
 
     def _identity(self) -> tuple[type, int | float, int]:

@@ -174,8 +174,8 @@ class PagedKVCache:
         selector: whose metadata is kept beside the keys.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
-        dense_layers: the model's numbers of further layers, which `ops.dense_attention` alone reads. They share the page
-            table, and keep K and V only. In `layers` they come last.
+        dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
+            table, and keep K and V alone. In `layers` they come last.
     """
 
     def __init__(
