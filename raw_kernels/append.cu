@@ -12,7 +12,7 @@ struct AppendParams {
   const void* v;          // likewise
   void* k_pages;          // [pages, Hkv, P, d]
   void* v_pages;          // [pages, Hkv, P, d]
-  u8* shadow;             // [pages, Hkv, P*d/2 + 4*P]
+  u8* shadow;             // [pages, Hkv, P*d/2 + 4*P], or null: no 4-bit keys are kept
   const int* page_table;  // [b, max_pages]
   const int* seq_lens;    // [b], the new tokens counted
   const int* new_tokens;  // [b]
@@ -125,6 +125,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
         store16(v_page + s * D + channel, vw[i]);
         if constexpr (B != None) widen(x);
       }
+      if (p.shadow == nullptr) continue;
       float top = x[0], bottom = x[0];
       bool nan = false;
 #pragma unroll

@@ -26,11 +26,13 @@ class LayerCache:
         index: the model's number of the layer.
         k_pages, v_pages: `[pages, Hkv, P, d]`.
         shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, the 4-bit copy of the keys; see `twilight.ops.quantize`.
+        dense: whether the layer is one of the cache's `dense_layers`: no shadow, `[pages, Hkv, 0]`, and no metadata.
     """
 
-    def __init__(self, cache: PagedKVCache, index: int) -> None:
+    def __init__(self, cache: PagedKVCache, index: int, *, dense: bool = False) -> None:
         self._cache = cache
         self.index = index
+        self.dense = dense
         self._step = 0
         self._allocate(0, cache.table.num_pages + 1)
 
@@ -48,13 +50,14 @@ class LayerCache:
 
         self.k_pages = buffer(getattr(self, "k_pages", None), (size, dim), geometry.dtype)
         self.v_pages = buffer(getattr(self, "v_pages", None), (size, dim), geometry.dtype)
-        self.shadow = buffer(getattr(self, "shadow", None), (shadow_bytes(size, dim),), torch.uint8)
+        shadow = 0 if self.dense else shadow_bytes(size, dim)
+        self.shadow = buffer(getattr(self, "shadow", None), (shadow,), torch.uint8)
         old = getattr(self, "_metadata", {})
         self._metadata = {
             spec.name: buffer(
                 old.get(spec.name), (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
             )
-            for spec in self._cache.specs
+            for spec in self.specs
         }
 
     @property
@@ -70,7 +73,7 @@ class LayerCache:
     @property
     def specs(self) -> tuple[MetadataSpec, ...]:
         """What that metadata is."""
-        return self._cache.specs
+        return () if self.dense else self._cache.specs
 
     @property
     def page_table(self) -> torch.Tensor:
@@ -93,8 +96,8 @@ class LayerCache:
         return self._cache.capacity
 
     def budget(self, policy: UniformBudget) -> Budget:
-        """Return what `policy` gives each sequence and kv head now."""
-        return policy.resolve(self.seq_lens, self.geometry.num_kv_heads, max_seq_len=self.max_seq_len)
+        """Return what `policy` gives each sequence and kv head now. All layers of a step share it."""
+        return self._cache._budget(policy)
 
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
@@ -171,6 +174,8 @@ class PagedKVCache:
         selector: whose metadata is kept beside the keys.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
+        dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
+            table, and keep K and V alone. In `layers` they come last.
     """
 
     def __init__(
@@ -182,7 +187,11 @@ class PagedKVCache:
         selector: Selector | None = None,
         growable: bool = False,
         max_pages: int | None = None,
+        dense_layers: Sequence[int] = (),
     ) -> None:
+        twice = sorted(set(dense_layers) & set(geometry.layer_ids))
+        if twice:
+            raise ValueError(f"dense_layers: layers {twice} are among the geometry's layer_ids already")
         self.geometry = geometry
         self.selector = selector if selector is not None else Selector()
         self.selector.prepare(geometry)
@@ -194,6 +203,7 @@ class PagedKVCache:
         self._pending: list[int] = []
         self._touched = (torch.empty(0), torch.empty(0))
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
+        self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
 
     @property
@@ -286,6 +296,14 @@ class PagedKVCache:
         self._upload()
         self._touched = self._pages_of_last(counts)
 
+    def _budget(self, policy: UniformBudget) -> Budget:
+        if policy not in self._budgets:
+            g = self.geometry
+            self._budgets[policy] = policy.resolve(
+                self.seq_lens, g.num_kv_heads, max_seq_len=self.max_seq_len, page_size=g.page_size
+            )
+        return self._budgets[policy]
+
     def _summarize_last_page(self, row: int, layers: Sequence[LayerCache]) -> None:
         """Make the metadata of a shortened row's last page speak of what is left in it."""
         size, device = self.geometry.page_size, self.geometry.device
@@ -343,3 +361,4 @@ class PagedKVCache:
         padded = [row + [0] * (width - len(row)) for row in self.table.rows]
         self.page_table = torch.tensor(padded, dtype=torch.int32).to(self.geometry.device)
         self.seq_lens = torch.tensor(self.table.lengths, dtype=torch.int32).to(self.geometry.device)
+        self._budgets: dict[UniformBudget, Budget] = {}

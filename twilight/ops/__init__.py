@@ -1,6 +1,7 @@
 """Operators: one file each, with the public function and the torch reference that specifies it."""
 
 from twilight.ops.append import append
+from twilight.ops.budget import budget
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.fused_decode import fused_decode
 from twilight.ops.merge import merge
@@ -13,6 +14,7 @@ from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
     "append",
+    "budget",
     "dense_attention",
     "dequantize",
     "dequantize_bounds",

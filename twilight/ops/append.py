@@ -58,7 +58,7 @@ def append(
     Args:
         k, v: `[b, n, Hkv, d]`; of row i the first `new_tokens[i]` tokens count.
         k_pages, v_pages: `[pages, Hkv, P, d]`, of the same type.
-        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, see `twilight.ops.quantize`.
+        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, see `twilight.ops.quantize`; `[pages, Hkv, 0]` to keep no 4-bit keys.
         page_table: `[b, max_pages]` int32, the pages of the new tokens in it.
         seq_lens: `[b]` int32, the new tokens counted.
         new_tokens: `[b]` int32.
@@ -96,10 +96,11 @@ def _torch(
     v = v.masked_fill(~real[..., None, None], 0)
     k_pages[pages, :, slots] = k
     v_pages[pages, :, slots] = v
-    codes, params = quantize(k)
-    stored_codes, stored_params = split_shadow(shadow, page_size)
-    stored_codes[pages, :, slots] = codes
-    stored_params[pages, :, slots] = params
+    if shadow.shape[-1]:
+        codes, params = quantize(k)
+        stored_codes, stored_params = split_shadow(shadow, page_size)
+        stored_codes[pages, :, slots] = codes
+        stored_params[pages, :, slots] = params
     if bounds and k.shape[1]:
         _update_bounds(k_pages, page_table, seq_lens, counts, real, bounds)
 
@@ -170,8 +171,8 @@ def _cuda(
     kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {kind}>", device=k.device)
     places: list[int | None] = [part.data_ptr() for part in bounds] or [None, None]
     params = AppendParams(
-        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(), page_table.data_ptr(),
-        seq_lens.data_ptr(), new_tokens.data_ptr(), *places, k.stride()[:3], v.stride()[:3],
+        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr() or None,
+        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places, k.stride()[:3], v.stride()[:3],
         b, kv_heads, page_table.shape[1], page_size, pages_per_row,
     )  # fmt: skip
     tasks = b * pages_per_row * kv_heads if steps else 0
