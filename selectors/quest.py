@@ -45,18 +45,15 @@ class Quest(Selector):
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
         if self.metadata_type == "int8":
-            return (MetadataSpec("bounds", (2 * geometry.head_dim,), torch.uint8),
-                    MetadataSpec("bounds_params", (2,), torch.float16))  # fmt: skip
-        return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype),
-                MetadataSpec("min", (geometry.head_dim,), geometry.dtype))  # fmt: skip
+            return (MetadataSpec("bounds", (2 * geometry.head_dim,), torch.uint8, rule="bounds"),
+                    MetadataSpec("bounds_params", (2,), torch.float16, rule="bounds"))  # fmt: skip
+        return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype, rule="bounds"),
+                MetadataSpec("min", (geometry.head_dim,), geometry.dtype, rule="bounds"))  # fmt: skip
 
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        empty = ~valid[:, None, :, None]
-        page_max = keys.masked_fill(empty, -torch.inf).amax(2)
-        page_min = keys.masked_fill(empty, torch.inf).amin(2)
         if self.metadata_type == "int8":
-            return dict(zip(("bounds", "bounds_params"), ops.quantize_bounds(page_max, page_min), strict=True))
-        return {"max": page_max, "min": page_min}
+            return dict(zip(("bounds", "bounds_params"), ops.page_bounds(keys, valid, bits=8), strict=True))
+        return dict(zip(("max", "min"), ops.page_bounds(keys, valid), strict=True))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

@@ -12,6 +12,7 @@ from twilight.checks import check_positive, check_tensor
 from twilight.errors import OutOfPagesError
 from twilight.geometry import Geometry
 from twilight.ops.quantize import shadow_bytes
+from twilight.ops.summaries import Summary
 from twilight.pages import Extension, PageTable
 from twilight.selector import MetadataSpec, Selector
 
@@ -59,6 +60,28 @@ class LayerCache:
             )
             for spec in self.specs
         }
+        self._summary = self._kept_by_append()
+
+    def _kept_by_append(self) -> Summary | None:
+        """Return the metadata that append brings up to date by itself."""
+        cache = self._cache
+        if self.dense or not cache._kept:
+            return None
+        rule = cache._kept[0].rule
+        channels = cache.selector.label_channels(self.index) if rule == "label" else None
+        summary = Summary(rule, tuple(self._metadata[spec.name] for spec in cache._kept), channels)
+        summary.check(self.k_pages)
+        # The kernel does not look: it would read beside the key.
+        if channels is not None and not 0 <= int(channels.min()) <= int(channels.max()) < self.geometry.head_dim:
+            raise ValueError(
+                f"label_channels: expected channels from 0 to {self.geometry.head_dim - 1}, got {channels}"
+            )
+        return summary
+
+    @property
+    def _summarized(self) -> tuple[str, ...]:
+        """Metadata that `append` leaves to `Selector.summarize`."""
+        return () if self.dense else self._cache._summarized
 
     @property
     def geometry(self) -> Geometry:
@@ -134,30 +157,42 @@ class LayerCache:
             raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
         try:
-            self._write(k, v, counts)
+            self._write(k, v, self.page_table, self.seq_lens, self._cache._added)
+            if self._summarized:
+                self._summarize(*self._cache._touched(), self._summarized)
         except BaseException:
             # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
             self._cache.abort()
             raise
         self._step = self._cache._step
 
-    def _write(self, k: torch.Tensor, v: torch.Tensor, counts: list[int]) -> None:
-        added = torch.tensor(counts, dtype=torch.int32, device=self.geometry.device)
-        ops.append(k, v, self.k_pages, self.v_pages, self.shadow, self.page_table, self.seq_lens, added)
-        self._summarize(*self._cache._touched)
+    def _write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        new_tokens: torch.Tensor,
+    ) -> None:
+        ops.append(
+            k, v, self.k_pages, self.v_pages, self.shadow, page_table, seq_lens, new_tokens, summary=self._summary
+        )
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for buffer in (self.k_pages, self.v_pages, self.shadow, *self._metadata.values()):
             buffer[target] = buffer[source]
 
-    def _summarize(self, pages: torch.Tensor, valid: torch.Tensor) -> None:
-        if not self._metadata:
+    def _summarize(self, pages: torch.Tensor, valid: torch.Tensor, names: Sequence[str] | None = None) -> None:
+        """Let the selector compute the metadata of these pages, all of it or that of some names."""
+        names = tuple(self._metadata) if names is None else names
+        if not names:
             return
         for chunk in range(0, len(pages), _SUMMARIZE_PAGES):
             which, mask = pages[chunk : chunk + _SUMMARIZE_PAGES], valid[chunk : chunk + _SUMMARIZE_PAGES]
             keys = self.k_pages[which].masked_fill(~mask[:, None, :, None], 0)
             summary = self._cache.selector.summarize(keys, mask, self.index)
-            for name, buffer in self._metadata.items():
+            for name in names:
+                buffer = self._metadata[name]
                 buffer[which] = summary[name].to(buffer.dtype)
 
 
@@ -196,12 +231,17 @@ class PagedKVCache:
         self.selector = selector if selector is not None else Selector()
         self.selector.prepare(geometry)
         self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
+        # One launch keeps one rule; what else there is, the selector summarises.
+        rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
+        self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
+        self._summarized = tuple(spec.name for spec in self.specs if spec.rule != rule)
         self.table = PageTable(num_pages, geometry.page_size, num_rows)
         self._growable = growable
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)
         self._step = 0
         self._pending: list[int] = []
-        self._touched = (torch.empty(0), torch.empty(0))
+        self._added = torch.empty(0)
+        self._pages_touched: tuple[torch.Tensor, torch.Tensor] | None = None
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
         self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
@@ -294,7 +334,9 @@ class PagedKVCache:
         self._step += 1
         self._pending = counts
         self._upload()
-        self._touched = self._pages_of_last(counts)
+        # Once a step, not in every layer: each is a copy to the device.
+        self._added = torch.tensor(counts, dtype=torch.int32).to(self.geometry.device)
+        self._pages_touched = None
 
     def _budget(self, policy: UniformBudget) -> Budget:
         if policy not in self._budgets:
@@ -342,8 +384,13 @@ class PagedKVCache:
         for layer in self.layers:
             layer._copy(source, target)
 
+    def _touched(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages that this step's tokens lie in, `[n]`, and which of their slots are filled, `[n, P]`."""
+        if self._pages_touched is None:
+            self._pages_touched = self._pages_of_last(self._pending)
+        return self._pages_touched
+
     def _pages_of_last(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages that hold each row's last tokens, `[n]`, and which of their slots are filled, `[n, P]`."""
         size = self.geometry.page_size
         pages: list[int] = []
         filled: list[int] = []

@@ -16,11 +16,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from twilight import ops
 from twilight.budget import Budget, UniformBudget
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.checks import check_positive, check_tensor
-from twilight.pages import NULL_PAGE
+from twilight.ops.append import touched_pages
 
 Output = TypeVar("Output")
 
@@ -70,24 +69,10 @@ class StaticLayer:
             static._begin(new_tokens)
         self._step = static._step
         added = static._added
-        names = () if layer.dense else getattr(layer._cache.selector, "append_bounds", ())
-        bounds = [layer.metadata(name) for name in names]
-        ops.append(
-            k, v, layer.k_pages, layer.v_pages, layer.shadow, self.page_table, self.seq_lens, added,
-            bounds=bounds,
-        )  # fmt: skip
-        if layer._metadata and not bounds:
-            self._summarize(k.shape[1], added)
-
-    def _summarize(self, steps: int, added: torch.Tensor) -> None:
-        """Bring the metadata of the touched pages up to date; what a row has not touched goes to the page of nobody."""
-        size, lens, table = self._layer.geometry.page_size, self.seq_lens.long(), self.page_table
-        first = (lens - added) // size
-        logical = first[:, None] + torch.arange(steps // size + 2, device=lens.device)
-        touched = (logical * size < lens[:, None]) & (added > 0)[:, None]
-        pages = table.long().gather(1, logical.clamp(max=table.shape[1] - 1)).masked_fill(~touched, NULL_PAGE)
-        filled = (logical * size).unsqueeze(-1) + torch.arange(size, device=lens.device) < lens[:, None, None]
-        self._layer._summarize(pages.flatten(), (filled | ~touched.unsqueeze(-1)).flatten(0, 1))
+        layer._write(k, v, self.page_table, self.seq_lens, added)
+        if layer._summarized:
+            pages, filled = touched_pages(self.page_table, self.seq_lens, added, k.shape[1], geometry.page_size)
+            layer._summarize(pages, filled, layer._summarized)
 
 
 class StaticCache:

@@ -1,4 +1,4 @@
-"""Page scores: the 8-bit bounds, against their definition in numpy, and the product of length 2d."""
+"""Page scores: the 8-bit bounds, against their definition in numpy, and the products with bounds and with means."""
 
 from __future__ import annotations
 
@@ -93,14 +93,56 @@ def test_scores_of_8_bit_bounds_are_those_of_what_they_stand_for() -> None:
         assert float(got[row, head, page]) == pytest.approx(exact, abs=1e-5)
 
 
+@pytest.mark.parametrize("bits", [8, None])
+def test_a_mean_scores_by_the_mean_of_the_logits(bits: int | None) -> None:
+    lengths, page_size = [9, 4, 0], 4
+    keys = torch.randn(3, 9, 2, 8)
+    table = oracles.page_table(lengths, page_size)
+    pages = oracles.lay_out(keys, lengths, table, page_size)
+    vectors: list[torch.Tensor] = [torch.full((len(pages), 2, 8), torch.nan)]
+    if bits:
+        vectors = [
+            torch.full((len(pages), 2, 8), 7, dtype=torch.uint8),
+            torch.full((len(pages), 2, 2), torch.nan).half(),
+        ]
+    for row, length in enumerate(lengths):
+        for logical in range(-(-length // page_size)):
+            page, end = int(table[row, logical]), min(length, (logical + 1) * page_size)
+            for head in range(2):
+                mean = oracles.mean(keys[row, logical * page_size : end, head].numpy())
+                if bits:
+                    codes, scale, zero = oracles.quantize(mean, bits)
+                    vectors[0][page, head] = torch.tensor(codes)
+                    vectors[1][page, head] = torch.tensor([scale, zero])
+                else:
+                    vectors[0][page, head] = torch.tensor(mean)
+    q = torch.randn(3, 4, 8)
+    got = ops.page_scores(q, vectors, table, torch.tensor(lengths, dtype=torch.int32), page_size=page_size)
+    assert got.shape == (3, 4, 3) and got.dtype == torch.float32
+    for row, head, logical in np.ndindex(3, 4, 3):
+        mine = keys[row, logical * page_size : min(lengths[row], (logical + 1) * page_size), head // 2]
+        if not len(mine):
+            assert float(got[row, head, logical]) == -np.inf
+            continue
+        logits = oracles.array(mine) @ oracles.array(q[row, head])
+        # A step of a mean in 8 bits is about 3 / 255; half of one in each of 8 channels.
+        slack = 1e-5 if bits is None else float(q[row, head].abs().sum()) * 0.01
+        assert float(got[row, head, logical]) == pytest.approx(logits.mean(), abs=slack)
+
+
 def test_refuses_what_does_not_fit() -> None:
     q, table, lengths = torch.randn(1, 2, 8), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="bounds: expected"):
-        ops.page_scores(q, (), table, lengths, page_size=4)
     codes, params = torch.zeros(1, 1, 16, dtype=torch.uint8), torch.zeros(1, 1, 2, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"bounds\[0\]: expected shape \[any, any, 16\]"):
-        ops.page_scores(q, (codes[..., :8], params), table, lengths, page_size=4)
-    with pytest.raises(ValueError, match=r"bounds\[1\]: expected shape \[1, 1, 2\]"):
+    for few in ((), (codes,), (codes, params, params)):
+        with pytest.raises(
+            ValueError, match=rf"vectors: expected .means,., .page_max, page_min. or .*got {len(few)} t"
+        ):
+            ops.page_scores(q, few, table, lengths, page_size=4)
+    with pytest.raises(ValueError, match=r"vectors\[0\]: expected shape \[any, any, 16\]"):
+        ops.page_scores(q, (codes[..., :9], params), table, lengths, page_size=4)
+    with pytest.raises(ValueError, match=r"vectors\[0\]: expected shape \[any, any, 8\]"):
+        ops.page_scores(q, (torch.zeros(1, 1, 9),), table, lengths, page_size=4)
+    with pytest.raises(ValueError, match=r"vectors\[1\]: expected shape \[1, 1, 2\]"):
         ops.page_scores(q, (codes, params[..., :1]), table, lengths, page_size=4)
     with pytest.raises(ValueError, match="backend: 'cuda' needs CUDA tensors"):
         ops.page_scores(q, (codes, params), table, lengths, page_size=4, backend="cuda")

@@ -9,10 +9,12 @@ from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bo
 from twilight.ops.quantize import dequantize, quantize
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
+from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
+    "Summary",
     "append",
     "budget",
     "dense_attention",
@@ -22,7 +24,10 @@ __all__ = [
     "exact_logits",
     "fused_decode",
     "keep_all",
+    "key_labels",
     "merge",
+    "page_bounds",
+    "page_means",
     "page_scores",
     "quantize",
     "quantize_bounds",
