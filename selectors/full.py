@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, LayerCache, Selection, Selector
+from twilight import Budget, LayerCache, PageRanking, Selection, Selector
 
 
 @dataclass
@@ -16,6 +16,9 @@ class Full(Selector):
 
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "Twilight, arXiv 2502.02770, section 5.1"
+
+    def ranking(self, layer: LayerCache) -> PageRanking:
+        return PageRanking()
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

@@ -47,6 +47,20 @@ class MetadataSpec:
         return entry / page_size if self.per == "page" else float(entry)
 
 
+@dataclass(frozen=True)
+class PageRanking:
+    """How a selector chooses pages, if it does so by a dot product of the query with vectors kept in 8 bits.
+
+    Attributes:
+        vectors: `(codes, params)` as `twilight.ops.page_scores` takes them, bounds or means of each page; or nothing,
+            if every page is chosen.
+        reduce: how the query heads of a group are combined; see `combine_group`.
+    """
+
+    vectors: tuple[torch.Tensor, ...] = ()
+    reduce: str = "softmax"
+
+
 class Selector:
     """Proposes B0 candidate tokens for each kv head, generously; a pruner cuts the set down afterwards.
 
@@ -114,6 +128,14 @@ class Selector:
             A `Selection` of tokens or pages, at most `budget.tokens` tokens a row, rounded up to whole pages.
         """
         raise NotImplementedError(f"{type(self).__name__}.select")
+
+    def ranking(self, layer: LayerCache) -> PageRanking | None:
+        """Say that `select` is a ranking of pages, which one kernel can then do together with the stages after it.
+
+        None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
+        `budget.pages(P)` of them, the newest always among these.
+        """
+        return None
 
     def bytes_per_token(self, geometry: Geometry) -> float:
         """Return the bytes that `select` reads for each token of the sequence and kv head.

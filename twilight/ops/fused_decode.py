@@ -8,6 +8,7 @@ memory; see raw_kernels/fused_decode.cu.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 
 from twilight import kernels
 from twilight.budget import Budget
+from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
 from twilight.ops.page_scores import page_scores
 from twilight.ops.scratch import shared_memory
 from twilight.ops.sparse_attention import sparse_attention
@@ -23,6 +25,7 @@ from twilight.ops.spgemv import estimate_scores
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import Pruned, top_p
 from twilight.selection import Selection
+from twilight.selector import check_reduce
 
 _DIMS = (64, 128, 256)
 _HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
@@ -107,10 +110,17 @@ def fused_decode(
         lists: return the indices too, not only how many there are.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
+    check_tensor("q", q, (seq_lens.shape[0], None, k_pages.shape[-1]), dtype=FLOAT_DTYPES)
+    check_tensor("v_pages", v_pages, k_pages.shape, dtype=k_pages.dtype)
+    check_p(p)
+    check_reduce(reduce)
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[1]}")
+    if len(vectors) not in (0, 2) or (vectors and budget is None):
+        raise ValueError(f"vectors: expected (codes, params) and a budget, or nothing, got {len(vectors)} and {budget}")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    reason = unsupported(q, k_pages, shadow, vectors, page_table, budget)
-    if kernels.use_kernel(backend, q.device, reason):
-        pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
+    pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
+    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget)):
         return _cuda(q, *pages, budget, p, scale, reduce, lists)
     page_size = k_pages.shape[2]
     if vectors:
@@ -139,9 +149,11 @@ def fused_decode(
 def unsupported(
     q: torch.Tensor,
     k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
     shadow: torch.Tensor,
     vectors: Sequence[torch.Tensor],
     page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
     budget: Budget | None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
@@ -156,7 +168,7 @@ def unsupported(
         return f"page_size is {page_size}; the kernel takes 16 and 32"
     if vectors and (vectors[0].dtype != torch.uint8 or vectors[0].shape[-1] not in (dim, 2 * dim)):
         return "the vectors of the pages are not kept in 8 bits"
-    if not all(part.is_contiguous() for part in (k_pages, shadow, *vectors)):
+    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *vectors)):
         return "the pages are not contiguous"
     if q.is_cuda:
         shape = _shape(q, k_pages, vectors, page_table, budget)
@@ -190,6 +202,7 @@ class _Plan:
     smem: int
 
 
+@functools.lru_cache(maxsize=1024)
 def _plan(
     rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
 ) -> _Plan | None:
