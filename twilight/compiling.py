@@ -10,6 +10,7 @@ options and the versions of the compiler and its headers, so that nothing is com
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -89,23 +90,29 @@ def default_archs() -> tuple[str, ...]:
 
 
 def compile_source(
-    stem: str, expressions: Sequence[str], arch: str, *, extra_options: Sequence[str] = ()
+    stem: str,
+    expressions: Sequence[str],
+    arch: str,
+    *,
+    structs: Sequence[type[ctypes.Structure]] | None = None,
+    source_folder: Path | None = None,
 ) -> list[Resources]:
     """Compile instantiations of one file for `arch` (``"sm_90"``), with neither a GPU nor a driver.
+
+    The file, `structs` and `source_folder` are what `kernels.load` takes.
 
     Raises:
         MissingExtraError: CuPy is not installed.
         KernelError: the source does not compile.
     """
     start = time.process_time()
-    path = kernels.source_path(stem)
+    path = kernels.source_path(stem, source_folder)
     options = (
-        *_assembled(kernels.compile_options(stem)),
+        *_assembled(kernels.compile_options(stem, structs, source_folder)),
         f"-arch={arch}",
         "-ftz=true",  # what RawModule adds
         "--device-as-default-execution-space",
         "--ptxas-options=-v",
-        *extra_options,
     )
     log = io.StringIO()
     _nvrtc()

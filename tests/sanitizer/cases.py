@@ -7,7 +7,8 @@ compared here; tests/ops does that.
     @case("page_scores")
     def page_scores(at):
         cache = at.cache([37, 0, 530])
-        yield at.run(ops.page_scores, cache.q, cache.packed, cache.table, cache.seq_lens, page_size=16)
+        vectors = cache.vectors("bounds", 8)
+        yield at.run(ops.page_scores, cache.q, vectors, cache.table, cache.seq_lens, page_size=16)
 
 Inputs are made on the host and copied, because torch's own kernels on the GPU would be checked, or not be seen, by the
 tool. Pages that nobody owns, and the padding behind a list's end, are left as the allocation came: whoever reads them
@@ -106,7 +107,6 @@ class Cache:
     Attributes:
         q: `[b, Hkv * group, d]`.
         k_pages, v_pages, shadow, table, seq_lens: as the operators take them.
-        packed, native: bounds of the pages' keys, `(codes, params)` and `(page_max, page_min)`.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Cache:
         self.at, self.lengths, self.heads, self.group, self.page = at, list(lengths), heads, group, page
         width = max(1, -(-max(lengths) // page))
         total = 2 + sum(-(-n // page) for n in lengths)
-        order = torch.randperm(total - 2, generator=at.generator) + 2  # page 0 is nobody's, and nor is page 1
+        order = self._order(total - 2) + 2  # page 0 is nobody's, and nor is page 1
         table, used = torch.zeros(len(lengths), width, dtype=torch.int32), 0
         for row, n in enumerate(lengths):
             count = -(-n // page)
@@ -135,10 +135,8 @@ class Cache:
         shadow = torch.zeros(total, heads, shadow_bytes(page, dim), dtype=torch.uint8)
         codes, params = split_shadow(shadow, page)
         codes[:], params[:] = ops.quantize(k)
-        bounds = k.amax(2), k.amin(2)
         self.k_pages, self.v_pages, self.shadow = (self._owned(part) for part in (k, v, shadow))
-        self.native = tuple(self._owned(part) for part in bounds)
-        self.packed = tuple(self._owned(part) for part in ops.quantize_bounds(*bounds))
+        self._keys = k  # on the host
 
     def _owned(self, host: torch.Tensor) -> torch.Tensor:
         """Copy the pages that somebody owns; on the CPU all, as the references gather the others and mask them."""
@@ -153,6 +151,20 @@ class Cache:
         """K and V, the page table and the lengths, in the order in which attention takes them."""
         return self.k_pages, self.v_pages, self.table, self.seq_lens
 
+    def vectors(self, rule: str, bits: int | None) -> tuple[torch.Tensor, ...]:
+        """Return what is kept about the pages' keys: "bounds" or "mean", in 8 bits or as they are."""
+        of = {"bounds": ops.page_bounds, "mean": ops.page_means}[rule]
+        every = torch.ones(len(self._keys), self.page, dtype=torch.bool)
+        return tuple(self._owned(part) for part in of(self._keys, every, bits))
+
+    def summary(self, rule: str, bits: int | None) -> ops.Summary:
+        """Return what `append` is to bring up to date, as it is for the keys that are there."""
+        if rule != "label":
+            return ops.Summary(rule, self.vectors(rule, bits))
+        channels = torch.stack([self._order(self._keys.shape[-1])[:16] for _ in range(self.heads)]).int()
+        labels = ops.key_labels(self._keys, channels, bits)
+        return ops.Summary(rule, tuple(map(self._owned, labels)), self.at.put(channels))
+
     def select(self, granularity: int = 1, *, share: float = 0.5, log_weight: bool = False) -> Selection:
         """Select a share of each row's entries: everything in the first, nothing in the last of several."""
         at, b = self.at, len(self.lengths)
@@ -162,7 +174,7 @@ class Cache:
             for head in range(self.heads):
                 there = -(-n // granularity)
                 part = 1.0 if row == head == 0 else 0.0 if b > 1 and row == b - 1 else share
-                taken = torch.randperm(there, generator=at.generator)[: int(there * part)].sort().values
+                taken = self._order(there)[: int(there * part)].sort().values
                 indices[row, head, : len(taken)], counts[row, head] = taken.int(), len(taken)
         weight = torch.randn(b, self.heads * self.group, capacity, generator=at.generator) if log_weight else None
         lengths = at.put(counts.int())
@@ -180,6 +192,9 @@ class Cache:
                 lists[row, head, :count].copy_(host[row, head, :count])
         return lists
 
+    def _order(self, count: int) -> torch.Tensor:
+        return torch.randperm(count, generator=self.at.generator)
+
     def budget(self, share: float) -> Budget:
         """Return a budget of a share of each row's tokens."""
         tokens = [[max(min(n, 1), int(n * share))] * self.heads for n in self.lengths]
@@ -189,20 +204,36 @@ class Cache:
 RAGGED = (37, 0, 1, 530, 96)
 # Heads of a group, head_dim, page size, type. 12 heads make two rows in attention.
 SHAPES = ((4, 128, 16, torch.bfloat16), (12, 64, 32, torch.float16), (1, 256, 16, torch.float16))
+# Rules and bits of what append keeps, for each shape.
+SUMMARIES = (
+    (("bounds", 8), ("mean", 8), ("label", 2)),
+    (("bounds", None), ("label", None), ("label", 4)),
+    (None, ("mean", None)),
+)
 
 
 @case("append")
 def append(at: At) -> Iterator[Any]:
-    for (_, dim, page, dtype), bounds in zip(SHAPES, ("packed", "native", None), strict=True):
-        cache = at.cache([60, 31, 17, 40], heads=3, dim=dim, page=page, dtype=dtype)
-        kept = getattr(cache, bounds) if bounds else ()
-        # A chunk that begins and ends inside a page, a whole page, nothing, one token.
-        for counts in ([37, 16, 0, 1], [1, 1, 1, 0]):
-            # Strided as a projection leaves them.
-            k, v = (at.randn(4, 3, max(counts), dim, dtype=dtype).transpose(1, 2) for _ in range(2))
-            written = (cache.k_pages, cache.v_pages, cache.shadow)
-            at.run(ops.append, k, v, *written, cache.table, cache.seq_lens, at.ints(counts), bounds=kept)
-            yield tuple(part[2:] for part in (*written, *kept))
+    for (_, dim, page, dtype), summaries in zip(SHAPES, SUMMARIES, strict=True):
+        for what in summaries:
+            cache = at.cache([60, 31, 17, 40], heads=3, dim=dim, page=page, dtype=dtype)
+            summary = None if what is None else cache.summary(*what)
+            kept = () if summary is None else summary.tensors
+            shadow = cache.shadow if what != ("label", 4) else cache.shadow[..., :0]
+            # A chunk that begins and ends inside a page, a whole page, nothing, one token.
+            for counts in ([37, 16, 0, 1], [1, 1, 1, 0]):
+                # Strided as a projection leaves them.
+                k, v = (at.randn(4, 3, max(counts), dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+                pages = (cache.k_pages, cache.v_pages, shadow, cache.table, cache.seq_lens)
+                at.run(ops.append, k, v, *pages, at.ints(counts), summary=summary)
+                yield tuple(part[2:] for part in (cache.k_pages, cache.v_pages, cache.shadow, *kept))
+
+
+@case("budget")
+def budget(at: At) -> Iterator[Any]:
+    for value in (0.3, 7):
+        for lengths in (RAGGED, range(300)):
+            yield at.run(ops.budget, at.ints(list(lengths)), 3, value, min_tokens=4, page_size=16)
 
 
 @case("page_scores")
@@ -210,8 +241,9 @@ def page_scores(at: At) -> Iterator[Any]:
     for heads, (group, dim, page, dtype) in zip((2, 3, 1), SHAPES, strict=True):
         for lengths in (RAGGED, (530,)):
             cache = at.cache(lengths, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
-            for bounds in (cache.packed, cache.native):
-                yield at.run(ops.page_scores, cache.q, bounds, cache.table, cache.seq_lens, page_size=page)
+            for what in (("bounds", 8), ("bounds", None), ("mean", 8), ("mean", None)):
+                vectors = cache.vectors(*what)
+                yield at.run(ops.page_scores, cache.q, vectors, cache.table, cache.seq_lens, page_size=page)
 
 
 @case("top_k")
@@ -287,10 +319,10 @@ def fused_decode(at: At) -> Iterator[Any]:
         ((100,) * 70, 2, 4, 128, 16, torch.bfloat16),
     ):
         cache = at.cache(lengths, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
-        written = (cache.k_pages, cache.v_pages, cache.shadow)
-        for vectors, budget, p in ((cache.packed, cache.budget(0.4), 0.9), ((), None, 0.999)):
-            for attend in (True, False):
-                rest = (vectors, cache.table, cache.seq_lens, budget, p)
-                step = at.run(ops.fused_decode, cache.q, *written, *rest, attend=attend, lists=attend)
+        pages, paged = (cache.k_pages, cache.v_pages, cache.shadow), (cache.table, cache.seq_lens)
+        for what, p in ((("bounds", 8), 0.9), (("mean", 8), 0.5), (None, 0.999)):
+            vectors, budget = (cache.vectors(*what), cache.budget(0.4)) if what else ((), None)
+            for lists in (True, False):
+                step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists)
                 yield step.out, step.lse, step.candidates.lengths
                 yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass

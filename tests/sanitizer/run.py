@@ -14,7 +14,7 @@ import argparse
 import ctypes
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from twilight.ops import scratch  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 """In the order of the faults of canary.cu."""
-_STEPS = (32, 64, 32, 32)
+_THREADS = (32, 64, 32, 32)
 """Threads that the faults need."""
 
 
@@ -39,12 +39,12 @@ class CanaryParams(ctypes.Structure):
     _fields_ = [("out", ctypes.c_void_p), ("input", ctypes.c_void_p)]
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", action="append", metavar="STEM", help="only this file; may be repeated")
     parser.add_argument("--cpu", action="store_true", help="run the references instead, which needs no GPU")
     parser.add_argument("--canary", choices=TOOLS, help="make the error that a tool is for")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if args.canary:
         return canary(TOOLS.index(args.canary))
     if cases.missing():
@@ -118,7 +118,7 @@ def canary(fault: int) -> int:
     """Launch the kernel that has an error."""
     kernel = kernels.load("canary", f"canary<{fault}>", structs=(CanaryParams,), source_folder=Path(__file__).parent)
     out, read = (torch.empty(32, dtype=torch.int32, device="cuda") for _ in range(2))
-    kernel.launch((1, 1, 1), (_STEPS[fault], 1, 1), CanaryParams(out.data_ptr(), read.data_ptr()))
+    kernel.launch((1, 1, 1), (_THREADS[fault], 1, 1), CanaryParams(out.data_ptr(), read.data_ptr()))
     torch.cuda.synchronize()
     return 0
 

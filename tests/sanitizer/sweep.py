@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -79,14 +80,14 @@ class Sanitizer:
         return status, output, time.perf_counter() - start
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tool", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--kernel", nargs="+", choices=cases.stems(), default=cases.stems(), metavar="STEM")
     parser.add_argument("--sanitizer", default=None, help="the program; looked for on the PATH and in /usr/local/cuda")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one tool and kernel file")
     parser.add_argument("--logs", type=Path, default=Path("outputs/sanitizer"))
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if cases.missing():
         print(f"no case in tests/sanitizer/cases.py for: {', '.join(cases.missing())}", file=sys.stderr)
         return 2

@@ -191,7 +191,8 @@ def _cuda(
     channels = None if summary is None or summary.channels is None else summary.channels.contiguous()
     params = AppendParams(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr() or None,
-        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places, None if channels is None else channels.data_ptr(),
+        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places,
+        None if channels is None else channels.data_ptr(),
         k.stride()[:3], v.stride()[:3], b, kv_heads, page_table.shape[1], page_size, pages_per_row,
         0 if channels is None else channels.shape[1],
     )  # fmt: skip
