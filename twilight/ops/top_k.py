@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Literal
 
 import torch
@@ -112,12 +113,7 @@ def _cuda(
     shared = 4 * n <= keys_limit
     workspace = None if shared else torch.empty((b, kv_heads, n), dtype=torch.int32, device=scores.device)
     threads, entries = _shape(b * kv_heads, group, n, shared)
-    kernel = kernels.load(
-        "top_k",
-        f"top_k<{threads}, {group if group in _GROUPS else 0}, {entries}>",
-        max_dynamic_smem=keys_limit if shared else 0,
-        device=scores.device,
-    )
+    kernel = _kernel(threads, group, entries, keys_limit, scores.get_device())
     params = TopKParams(
         scores.data_ptr(), counts.data_ptr(), seq_lens.data_ptr(), indices.data_ptr(), lengths.data_ptr(),
         None if workspace is None else workspace.data_ptr(), scale * _LOG2E, REDUCTIONS.index(reduce), force_newest,
@@ -136,7 +132,10 @@ def _shape(rows: int, group: int, n: int, shared: bool) -> tuple[int, int]:
     if n > 2048:
         return 1024, 8 if n <= 8192 else 0
     # Many rows share a multiprocessor; a few are done soonest by many threads each.
-    return _FORCE or ((512, 4) if rows > 132 else (1024, 2))
+    return (512, 4) if rows > 132 else (1024, 2)
 
 
-_FORCE: tuple[int, int] | None = None
+@functools.cache
+def _kernel(threads: int, group: int, entries: int, keys_limit: int, device: int) -> kernels.Kernel:
+    expression = f"top_k<{threads}, {group if group in _GROUPS else 0}, {entries}>"
+    return kernels.load("top_k", expression, max_dynamic_smem=keys_limit, device=device)
