@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig
 
+from tests.test_registry import BUILTIN
 from twilight import NoPruning, Selector, TopP, UniformBudget, config, resources
 from twilight.errors import UnknownNameError
 from twilight.overrides import OverrideError, check, expand_budget
@@ -175,7 +176,7 @@ def test_every_value_of_a_sweep_is_composed_once(site):
     assert {cfg.selector.name for cfg in composed} == set(site.registry.selectors())
     assert {cfg.p for cfg in composed} == {0.8, 0.9}
     assert {cfg.budget.value for cfg in composed} == {0.25, 512}
-    assert len(composed) == 1 + (6 - 1) + (2 - 1) + (2 - 1)
+    assert len(composed) == 1 + (len(BUILTIN) - 1) + (2 - 1) + (2 - 1)
 
 
 def test_a_disabled_default_is_named(site, monkeypatch):

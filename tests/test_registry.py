@@ -16,7 +16,16 @@ from twilight import Selector
 from twilight.errors import PluginError, UnknownNameError
 from twilight.registry import DISTRIBUTION, PluginRecord, PluginWarning, Registry
 
-BUILTIN = ["double_sparsity", "full", "oracle_topk", "oracle_topp", "quest", "streaming_llm"]
+BUILTIN = [
+    "double_sparsity",
+    "full",
+    "magicpig",
+    "oracle_topk",
+    "oracle_topp",
+    "quest",
+    "streaming_llm",
+    "vattention",
+]
 
 HOOKS = """
 import twilight
