@@ -76,6 +76,7 @@ class TwilightAttention:
         pages = (layer.k_pages, layer.v_pages, table, lens)
         if self.is_dense(layer):
             self.stats.dense(layer)
+            self.selector.observe(q.unsqueeze(1), layer)
             out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=scale)
             return out.squeeze(1), lse.squeeze(1)
 
@@ -96,11 +97,16 @@ class TwilightAttention:
             )
         kept = self.pruner(logits, candidates, lens)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
-        return ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+        out, lse = ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+        self.selector.feedback(q, layer, kept.selection, lse)
+        return out, lse
 
     def _check_selector(self, layer: LayerCache) -> None:
-        """Refuse a cache whose metadata is another selector's, or the same selector's with other parameters."""
-        if layer.selector != self.selector and (layer.specs or self.selector.metadata(layer.geometry)):
+        """Refuse a cache that keeps another selector's data, or the same selector's with other parameters."""
+        if layer.selector == self.selector:
+            return
+        g = layer.geometry
+        if layer.specs or layer.state_specs or self.selector.metadata(g) or self.selector.state(g):
             raise ValueError(
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"

@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'"
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import twilight  # noqa: E402
-from twilight import NoPruning, Selection, Selector, TopP  # noqa: E402
+from twilight import NoPruning, Selection, Selector, StateSpec, TopP, ops  # noqa: E402
 from twilight.errors import UnsupportedModelError  # noqa: E402
 
 SMALL = {
@@ -46,6 +46,22 @@ class Everything(Selector):
         return Selection.everything(
             layer.seq_lens, layer.geometry.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=1
         )
+
+
+class Queries(Everything):
+    """Keeps every query that it observes, in its token's place."""
+
+    name = "queries"
+
+    def state(self, geometry):
+        return (StateSpec("q", (geometry.head_dim,), torch.float32, per="token", heads="query", fill=-9),)
+
+    def observe(self, q, layer):
+        where = ops.new_positions(layer.seq_lens, layer.new_tokens, q.shape[1])
+        kept = layer.state("q").clone()
+        for row, column in (where >= 0).nonzero().tolist():
+            kept[row, :, where[row, column]] = q[row, column]
+        layer.update_state("q", kept)
 
 
 class Newest(Selector):
@@ -143,6 +159,48 @@ def test_chunked_prefill_with_left_padding_matches_one_pass(model, chunk):
     got = torch.cat(parts, dim=1)
     for row, pads in enumerate((0, 13, 26)):
         torch.testing.assert_close(got[row, pads:], whole[row, pads:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_a_selector_observes_each_token_of_a_prompt_once_and_in_its_place(chunk):
+    model = make("llama")
+    ids, mask = prompt(rows=3)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode(), twilight.attach(model, Queries(), min_context=1000) as handle:
+        cache = handle.cache()
+        for start in range(0, 50, chunk):
+            stop = min(50, start + chunk)
+            step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            model(ids[:, start:stop], past_key_values=cache, **step)
+        cache.batch_select_indices(torch.tensor([2, 0, 1]))
+        for row, (first, length) in enumerate([(26, 24), (0, 50), (13, 37)]):
+            alone = handle.cache()
+            source = (row + 2) % 3
+            model(ids[source : source + 1, first:], past_key_values=alone)
+            for mine, other in zip(cache.paged.layers, alone.paged.layers, strict=True):
+                torch.testing.assert_close(mine.state("q")[row, :, :length], other.state("q")[0], rtol=1e-4, atol=1e-4)
+                assert (mine.state("q")[row, :, length:] == -9).all()
+                assert (other.state("q") != -9).all()
+
+
+def test_sparse_steps_are_not_observed_but_fed_back():
+    fed = []
+
+    class Fed(Queries):
+        def feedback(self, q, layer, kept, lse):
+            fed.append((layer.index, layer.max_seq_len, kept.lengths.tolist()))
+
+    model = make("llama")
+    ids, _ = prompt(rows=1)
+    with torch.inference_mode(), twilight.attach(model, Fed(), p=1.0) as handle:
+        cache = handle.cache()
+        model(ids, past_key_values=cache)
+        assert fed == []
+        model(ids[:, :1], past_key_values=cache)
+        assert fed == [(2, 51, [[51, 51]]), (3, 51, [[51, 51]])]
+        assert (cache.paged.layers[0].state("q")[0, :, 50] == -9).all()
+        model(ids[:, :2], past_key_values=cache)
+        assert len(fed) == 2 and (cache.paged.layers[0].state("q")[0, :, 51:] != -9).all()
 
 
 def test_a_selector_that_forgets_changes_the_text():

@@ -1,9 +1,12 @@
 """Operators: one file each, with the public function and the torch reference that specifies it."""
 
 from twilight.ops.append import append
+from twilight.ops.attention_mass import attention_mass
+from twilight.ops.attention_weights import attention_weights
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
+from twilight.ops.paging import new_positions
 from twilight.ops.quantize import dequantize, quantize
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
@@ -12,6 +15,8 @@ from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
     "append",
+    "attention_mass",
+    "attention_weights",
     "dense_attention",
     "dequantize",
     "dequantize_bounds",
@@ -19,6 +24,7 @@ __all__ = [
     "exact_logits",
     "keep_all",
     "merge",
+    "new_positions",
     "page_scores",
     "quantize",
     "quantize_bounds",
