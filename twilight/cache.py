@@ -128,17 +128,24 @@ class LayerCache:
         """Return a tensor that the selector declared for rows; `StateSpec` has its shape. Not to be written to."""
         return self._state.read(name, self.max_seq_len)
 
-    def update_state(self, name: str, value: torch.Tensor) -> None:
-        """Replace what `state` returned.
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
+        """Replace what `state` returned, or some entries of it.
 
         Rows without new tokens, and entries past a row's end, stay as they are: what a step computes for rows that it
         does not concern is of no consequence. A step that is aborted takes its updates along.
 
         Args:
             name: which tensor.
-            value: of the shape that `state` returned.
+            value: of the shape that `state` returned; `[b, H, m, *shape]` if `entries` are given.
+            entries: `[b, m]` int64, which to replace, none of a row twice; -1 for nothing. The others are not touched,
+                so that a step costs what it changes.
         """
-        self._state.write(name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=True)
+        cache = self._cache
+        # Rows that begin in this step have nothing to go back to: an aborted step empties them.
+        undo = any(length > new for length, new in zip(cache.table.lengths, cache._pending, strict=False))
+        self._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=undo, entries=entries
+        )  # fmt: skip
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
         """Add tokens to the sequences: K, V, the 4-bit copy and the selector's metadata.
@@ -259,6 +266,8 @@ class PagedKVCache:
             for layer in self.layers:
                 layer._step = self._step
                 layer._state.restore()
+                for row, length in enumerate(self.table.lengths):
+                    layer._state.truncate(row, length)
             self.scratch = {}
             self._upload()
 

@@ -65,9 +65,11 @@ class StaticLayer:
         """Return a tensor that the selector declared for rows, as `LayerCache.state` does."""
         return self._layer._state.read(name, self.max_seq_len)
 
-    def update_state(self, name: str, value: torch.Tensor) -> None:
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
         """Replace what `state` returned, in place, as `LayerCache.update_state` does."""
-        self._layer._state.write(name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=False)
+        self._layer._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=False, entries=entries
+        )  # fmt: skip
 
     def budget(self, policy: UniformBudget) -> Budget:
         """Return what `policy` gives each row at this step. All layers of a step share it."""
