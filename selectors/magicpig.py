@@ -9,13 +9,15 @@ and attention over the drawn tokens, with each exp(logit) divided by its w, has 
 average: `log_weight` is -log w. Sinks and the newest tokens are attended to exactly. Each query head hashes for itself:
 a token that only another head of its group has drawn is hidden from it.
 
-A token costs L codes of K bits, in 16-bit integers. They are compared one by one, 2 L bytes a token, more than its key
-in bf16 at L = 150; the official code looks buckets up in CPU memory, at 4 L bytes a token and some more for the bounds.
-So this shows what the method keeps, not what it saves.
+Keys are centred by the mean of the prompt's keys between its two ends, which changes no softmax and spreads the angles.
+The mean belongs to a row, and so do the codes, L of K bits a token, in 16-bit integers. They are compared one by one,
+2 L bytes a token, more than its key in bf16 at L = 150; the official code looks buckets up in CPU memory, 4 L bytes a
+token and some more for their bounds. So this shows what the method keeps, not what it saves.
 
 What the official code does differently: it adds 1e-4 to w (`epsilon`), which bounds a weight by e^9.2 and biases the
-estimate down; its window is the last 64 tokens of the prompt, generated tokens are never hashed and all attended to;
-there is no budget. Here a draw that is larger than the budget is thinned at random, and weighted for that.
+estimate down; its window is the last 64 tokens of the prompt, generated tokens are never hashed and all attended to,
+here the window moves on and what leaves it can be drawn; there is no budget, here a draw that is larger than the budget
+is thinned at random, and weighted for that; layers 0, 16, 32, ... are dense.
 """
 
 from __future__ import annotations
@@ -25,16 +27,13 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, draws
+from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, draws, ops
 from twilight.checks import check_positive
 from twilight.ends import ends
 from twilight.ops.paging import gather_tokens
 
-_PAGES = 256
-"""Pages hashed at a time: 4096 tokens, whose projections take 50 MB a kv head at K L = 1500."""
-
 _TOKENS = 4096
-"""Tokens compared at a time: 600 KB a query head at L = 150."""
+"""Tokens hashed or compared at a time: their projections take 50 MB a kv head at K L = 1500."""
 
 
 @dataclass
@@ -73,18 +72,33 @@ class MagicPIG(Selector):
     def prepare(self, geometry: Geometry) -> None:
         generator = torch.Generator().manual_seed(self.seed)
         shape = (geometry.head_dim, self.tables * self.bits)
-        # With 8 significant bits each, a sum of 128 products is exact in float64: a code does not depend on how many
-        # tokens are hashed at once, nor on the device.
+        # With 8 significant bits here, in the keys and in their centre, a product is exact in float64: a code does not
+        # depend on how many tokens are hashed at once, nor on the device.
         self._projection = torch.randn(shape, generator=generator).bfloat16().double().to(geometry.device)
 
-    def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
-        return (MetadataSpec("codes", (self.tables,), torch.int16, per="token"),)
+    def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
+        return (
+            StateSpec("centre", (geometry.head_dim,), torch.bfloat16),
+            StateSpec("codes", (self.tables,), torch.int16, per="token"),
+        )
 
-    def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        return {"codes": torch.cat([self._hash(part) for part in keys.split(_PAGES)])}
+    def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
+        if q.shape[1] <= self.local:
+            # No prompt, but a short step: its tokens are hashed around the centre that there is.
+            self._add(layer, q.shape[1])
+            return
+        chunks = torch.arange(layer.max_seq_len, device=q.device).split(_TOKENS)
+        # The centre is that of all tokens so far, whatever the chunks of the prompt: all are hashed anew.
+        total = sum(self._keys(layer, chunk, middle=True).sum(2) for chunk in chunks)
+        count = (layer.seq_lens - self.sinks - self.local).clamp(min=1)[:, None, None]
+        layer.update_state("centre", total / count)
+        centre = layer.state("centre").unsqueeze(2)
+        codes = [self._hash(self._keys(layer, chunk) - centre) for chunk in chunks]
+        layer.update_state("codes", torch.cat(codes, dim=2))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g, n, lens = layer.geometry, layer.max_seq_len, layer.seq_lens[:, None, None]
+        self._add(layer, 1)
         exact = ends(budget, layer.seq_lens, n, sinks=self.sinks, local=self.local)
         tokens = torch.arange(n, device=q.device)
         drawn = self._met(q, layer) & ((tokens < lens) & ~exact).unsqueeze(2)
@@ -99,6 +113,7 @@ class MagicPIG(Selector):
         thinned = (room / union.sum(-1).clamp(min=1)).clamp(max=1).double()[:, :, None, None]
         index = selection.indices.long()
         keys = gather_tokens(layer.k_pages, index, layer.page_table, g.page_size).float()
+        keys = keys - layer.state("centre").unsqueeze(2)
         grouped = q.float().unflatten(1, (g.num_kv_heads, -1))
         cosine = torch.nn.functional.normalize(grouped, dim=-1) @ torch.nn.functional.normalize(keys, dim=-1).mT
         share = (collision_probability(cosine.double(), self.bits, self.tables) + self.epsilon) * thinned
@@ -106,6 +121,21 @@ class MagicPIG(Selector):
         weight = -share.clamp(min=1e-30).log().masked_fill(hidden, torch.inf)
         weight = weight.masked_fill(exact.gather(-1, index).unsqueeze(2), 0)
         return Selection(selection.indices, selection.lengths, 1, weight.flatten(1, 2).float())
+
+    def _add(self, layer: LayerCache, steps: int) -> None:
+        """Hash the newest tokens, of each row as many as the step has appended."""
+        entries = ops.new_positions(layer.seq_lens, layer.new_tokens, steps)
+        keys = self._keys(layer, entries.clamp(min=0))
+        layer.update_state("codes", self._hash(keys - layer.state("centre").unsqueeze(2)), entries)
+
+    def _keys(self, layer: LayerCache, tokens: torch.Tensor, *, middle: bool = False) -> torch.Tensor:
+        """Return `[b, Hkv, n, d]` float64 keys of `[n]` or `[b, n]` tokens; with `middle`, zeros at a row's ends."""
+        g, lens = layer.geometry, layer.seq_lens[:, None]
+        tokens = tokens.expand(len(lens), -1)
+        positions = tokens.minimum(lens.clamp(min=1) - 1)[:, None].expand(-1, g.num_kv_heads, -1)
+        keys = gather_tokens(layer.k_pages, positions, layer.page_table, g.page_size).double()
+        inside = (tokens >= self.sinks) & (tokens < lens - self.local)
+        return keys.masked_fill(~inside[:, None, :, None], 0) if middle else keys
 
     def _hash(self, vectors: torch.Tensor) -> torch.Tensor:
         """Return `[..., L]` int16 codes of `[..., d]`."""
@@ -115,14 +145,9 @@ class MagicPIG(Selector):
 
     def _met(self, q: torch.Tensor, layer: LayerCache) -> torch.Tensor:
         """Return `[b, Hkv, G, n]` bool: which keys each query head meets in at least two tables."""
-        g = layer.geometry
-        query = self._hash(q.unflatten(1, (g.num_kv_heads, -1))).unsqueeze(3)
-        met = []
-        for chunk in torch.arange(layer.max_seq_len, device=q.device).split(_TOKENS):
-            positions = chunk.expand(q.shape[0], g.num_kv_heads, -1)
-            codes = gather_tokens(layer.metadata("codes"), positions, layer.page_table, g.page_size)
-            met.append((codes.unsqueeze(2) == query).sum(-1) >= 2)
-        return torch.cat(met, dim=-1)
+        query = self._hash(q.unflatten(1, (layer.geometry.num_kv_heads, -1))).unsqueeze(3)
+        codes = layer.state("codes").split(_TOKENS, dim=2)
+        return torch.cat([(part.unsqueeze(2) == query).sum(-1) >= 2 for part in codes], dim=-1)
 
 
 def collision_probability(cosine: torch.Tensor, bits: int, tables: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ standard deviation s of exp(logit), and the estimate D of the softmax's denomina
 so that the denominator is off by more than epsilon, as a share, with probability delta at most, as far as the central
 limit theorem holds. The query heads of a group share one sample, of the size that the neediest head asks for.
 
-Kept per token is what `base` keeps. Logits of E and of the first sample are those of the 4-bit keys: they set the size
+Kept is what `base` keeps. Logits of E and of the first sample are those of the 4-bit keys: they set the size
 of the sample, never a weight.
 
 What the official code does differently: z is Phi^-1(1 - delta), so that the promise is one-sided; logits are exact;
@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, draws, ops
+from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, StateSpec, draws, ops
 from twilight.checks import check_positive
 from twilight.ends import ends
 from twilight.ops.quantize import shadow_bytes
@@ -89,6 +89,15 @@ class VAttention(Selector):
 
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
         return self._base.summarize(keys, valid, layer)
+
+    def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
+        return self._base.state(geometry)
+
+    def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
+        self._base.observe(q, layer)
+
+    def feedback(self, q: torch.Tensor, layer: LayerCache, kept: Selection, lse: torch.Tensor) -> None:
+        self._base.feedback(q, layer, kept, lse)
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         n = layer.max_seq_len

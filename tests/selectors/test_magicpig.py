@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import fill, lists
+from tests.caches import lists, observed
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, Selection, TopP, TwilightAttention, UniformBudget
 from twilight_selectors.magicpig import MagicPIG, collision_probability
 
@@ -26,6 +26,13 @@ def chance(q: np.ndarray, key: np.ndarray, bits: int, tables: int) -> float:
     cosine = max(-1.0, min(1.0, float(q @ key) / length)) if length else 0.0
     u = (1 - math.acos(cosine) / math.pi) ** bits
     return sum(math.comb(tables, met) * u**met * (1 - u) ** (tables - met) for met in range(2, tables + 1))
+
+
+def centre_of(keys: torch.Tensor, sinks: int, local: int) -> np.ndarray:
+    """Return the mean of a head's keys between the ends, rounded to bfloat16."""
+    inside = oracles.array(keys)[sinks : max(sinks, len(keys) - local)]
+    mean = inside.mean(0) if len(inside) else np.zeros(keys.shape[-1])
+    return oracles.array(torch.tensor(mean).bfloat16())
 
 
 def entries(selection: Selection, row: int, head: int) -> dict[int, list[float]]:
@@ -59,10 +66,12 @@ def test_probability_is_a_binomial_tail_down_to_small_ones(bits: int, tables: in
 def test_draws_and_weights_by_hand(bits: int, tables: int, epsilon: float, group: int) -> None:
     lengths = [70, 33, 6, 1, 0]
     selector = MagicPIG(bits, tables, sinks=2, local=3, epsilon=epsilon)
-    cache, keys, _ = fill(Geometry(1, 2 * group, 2, 16, 4, torch.float32), lengths, selector)
+    cache, keys, _ = observed(Geometry(1, 2 * group, 2, 16, 4, torch.float32), lengths, selector, shift=1.0)
     layer = cache.layers[0]
     q = torch.randn(5, 2 * group, 16)
-    q[0, 0] = 3 * keys[0][0, 20, 0]  # meets token 20 everywhere, up to rounding
+    centre = [[centre_of(keys[0][row, :length, head], 2, 3) for head in range(2)] for row, length in enumerate(lengths)]
+    for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):  # each meets token 20 in every table
+        q[row, head * group] = torch.tensor(3 * (oracles.array(keys[0][row, 20, head]) - centre[row][head]))
     selection = selector.select(q, layer, layer.budget(UniformBudget(1.0)))
     projection = oracles.array(selector._projection)
     drawn = 0
@@ -73,7 +82,7 @@ def test_draws_and_weights_by_hand(bits: int, tables: int, epsilon: float, group
             assert all(have[token] == [0.0] * group for token in sure)
             want = {}
             for token in set(range(length)) - sure:
-                key = oracles.array(keys[0][row, token, head])
+                key = oracles.array(keys[0][row, token, head]) - centre[row][head]
                 mine = bits_of(projection, key, tables, bits)
                 weights = []
                 for query in oracles.array(q[row, head * group : (head + 1) * group]):
@@ -92,7 +101,7 @@ def test_draws_and_weights_by_hand(bits: int, tables: int, epsilon: float, group
 
 def test_a_short_sequence_is_attended_to_exactly() -> None:
     selector = MagicPIG(sinks=4, local=8)
-    cache, _, _ = fill(Geometry(1, 2, 2, 16, 4, torch.float32), [12, 5], selector)
+    cache, _, _ = observed(Geometry(1, 2, 2, 16, 4, torch.float32), [12, 5], selector)
     selection = selector.select(torch.randn(2, 2, 16), cache.layers[0], cache.layers[0].budget(UniformBudget()))
     assert lists(selection) == [[list(range(12))] * 2, [list(range(5))] * 2]
     assert all(value == [0.0] for row in range(2) for value in entries(selection, row, 0).values())
@@ -108,6 +117,7 @@ def _denominators(selectors: list[MagicPIG], budget: int, length: int = 48) -> t
     for selector in selectors:
         cache = PagedKVCache(geometry, num_rows=1, num_pages=length // 4, selector=selector)
         cache.layers[0].append(k, k)
+        selector.observe(q.unsqueeze(1).expand(-1, length, -1, -1), cache.layers[0])
         given = Budget(torch.full((1, 2), budget, dtype=torch.int32), budget)
         selection = selector.select(q, cache.layers[0], given)
         sums = []
@@ -139,7 +149,7 @@ def test_unbiased_over_many_hashes(budget: int) -> None:
 def test_the_budget_is_kept_and_the_ends_are_in_it() -> None:
     lengths, budget = [200, 90], 20
     selector = MagicPIG(1, 40, sinks=4, local=4)  # draws nearly everything
-    cache, _, _ = fill(Geometry(1, 6, 2, 16, 4, torch.float32), lengths, selector)
+    cache, _, _ = observed(Geometry(1, 6, 2, 16, 4, torch.float32), lengths, selector)
     layer = cache.layers[0]
     chosen = lists(selector.select(torch.randn(2, 6, 16), layer, layer.budget(UniformBudget(budget))))
     for row, length in enumerate(lengths):
@@ -150,7 +160,7 @@ def test_the_budget_is_kept_and_the_ends_are_in_it() -> None:
 
 def test_the_same_bits_again_and_other_ones_at_the_next_step() -> None:
     selector = MagicPIG(1, 40, sinks=1, local=1)
-    cache, _, _ = fill(Geometry(1, 2, 2, 16, 4, torch.float32), [100], selector)
+    cache, _, _ = observed(Geometry(1, 2, 2, 16, 4, torch.float32), [100], selector)
     layer = cache.layers[0]
     q, k = torch.randn(1, 2, 16), torch.randn(1, 2, 16)
     budget = UniformBudget(20)
@@ -162,15 +172,43 @@ def test_the_same_bits_again_and_other_ones_at_the_next_step() -> None:
     assert len(set(later[0][0]) & set(lists(first)[0][0])) < 15
 
 
-def test_codes_do_not_depend_on_how_many_are_hashed_at_once() -> None:
+@pytest.mark.parametrize("chunks", [[100], [70, 30], [65, 1, 34], [7, 90, 3]])
+def test_codes_do_not_depend_on_how_a_prompt_came(chunks: list[int]) -> None:
     geometry = Geometry(1, 2, 2, 128, 16, torch.bfloat16)
-    selector = MagicPIG()
-    keys = torch.randn(1, 40, 2, 128).bfloat16()
-    once, steps = (PagedKVCache(geometry, num_rows=1, num_pages=4, selector=selector) for _ in range(2))
-    once.layers[0].append(keys, keys)
-    for step in range(40):
-        steps.layers[0].append(keys[:, step], keys[:, step])
-    assert torch.equal(once.layers[0].metadata("codes"), steps.layers[0].metadata("codes"))
+    selector = MagicPIG(sinks=2, local=2)
+    keys = torch.randn(1, 100, 2, 128).bfloat16() + 1
+    whole, parts = (PagedKVCache(geometry, num_rows=1, num_pages=8, selector=selector) for _ in range(2))
+    for cache, sizes in ((whole, [100]), (parts, chunks)):
+        first = 0
+        for size in sizes:
+            cache.layers[0].append(*[keys[:, first : first + size]] * 2)
+            selector.observe(torch.zeros(1, size, 2, 128).bfloat16(), cache.layers[0])
+            first += size
+    for name in ("centre", "codes"):
+        assert torch.equal(whole.layers[0].state(name), parts.layers[0].state(name))
+
+
+def test_a_generated_token_is_hashed_around_the_centre_of_its_prompt() -> None:
+    selector = MagicPIG(4, 8, sinks=2, local=3)
+    cache, keys, _ = observed(Geometry(1, 2, 2, 16, 4, torch.float32), [40, 9], selector, shift=1.0)
+    layer = cache.layers[0]
+    centres = layer.state("centre").clone()
+    codes = layer.state("codes").clone()
+    k = torch.randn(2, 2, 16)
+    attention = TwilightAttention(selector, NoPruning())
+    for step in range(3):
+        attention.decode(torch.randn(2, 2, 16), k + step, k, layer)
+    assert torch.equal(layer.state("centre"), centres)
+    assert torch.equal(layer.state("codes")[:, :, :40][codes != 0], codes[codes != 0])
+    projection = oracles.array(selector._projection)
+    for row, length in enumerate([40, 9]):
+        for head in range(2):
+            for step in range(3):
+                vector = oracles.array(k[row, head] + step) - oracles.array(centres[row, head])
+                want = [
+                    sum(bit << place for place, bit in enumerate(table)) for table in bits_of(projection, vector, 8, 4)
+                ]
+                assert layer.state("codes")[row, head, length + step].tolist() == want
 
 
 @pytest.mark.parametrize("p", [1.0, 0.7])
@@ -178,7 +216,7 @@ def test_attention_is_over_the_weighted_tokens(p: float) -> None:
     """Through the whole step: top-p prunes by weight, what a head has not drawn it does not see."""
     length, group = 60, 2
     selector = MagicPIG(3, 8, sinks=2, local=3)
-    cache, keys, values = fill(Geometry(1, 2 * group, 2, 16, 4, torch.float32), [length], selector)
+    cache, keys, values = observed(Geometry(1, 2 * group, 2, 16, 4, torch.float32), [length], selector)
     layer = cache.layers[0]
     q, k, v = (torch.randn(1, heads, 16) for heads in (2 * group, 2, 2))
     attention = TwilightAttention(selector, TopP(p) if p < 1 else NoPruning(), 1.0)

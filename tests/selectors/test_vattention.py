@@ -9,10 +9,21 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import fill, lists
+from tests.caches import fill, lists, observed
 from tests.test_draws import by_hand
-from twilight import Budget, Geometry, NoPruning, PagedKVCache, Selection, TopP, TwilightAttention, UniformBudget
+from twilight import (
+    Budget,
+    Geometry,
+    NoPruning,
+    PagedKVCache,
+    Selection,
+    StateSpec,
+    TopP,
+    TwilightAttention,
+    UniformBudget,
+)
 from twilight.errors import UnknownNameError
+from twilight_selectors.streaming_llm import StreamingLLM
 from twilight_selectors.vattention import VAttention
 
 Z = {0.1: 1.6448536269514722, 0.3: 1.0364333894937898}  # the normal distribution's quantiles at 1 - delta/2
@@ -205,6 +216,30 @@ def test_other_bases(base: str) -> None:
     else:
         assert selection.lengths.tolist() == [[30, 30], [20, 20]]
         assert selection.capacity < 90
+
+
+def test_the_base_sees_prompts_and_what_was_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class Base(StreamingLLM):
+        def state(self, geometry):
+            return (StateSpec("count", (), torch.int32),)
+
+        def observe(self, q, layer):
+            seen.append(("observe", q.shape[1]))
+            layer.update_state("count", layer.state("count") + q.shape[1])
+
+        def feedback(self, q, layer, kept, lse):
+            seen.append(("feedback", kept.lengths.tolist()))
+
+    monkeypatch.setattr("twilight_selectors.vattention.create_selector", lambda name, **options: Base())
+    selector = VAttention("streaming_llm", sinks=1, local=1)
+    cache, _, _ = observed(Geometry(1, 2, 2, 16, 4, torch.float32), [30], selector)
+    layer = cache.layers[0]
+    q = torch.randn(1, 2, 16)
+    TwilightAttention(selector, NoPruning(), 1.0).decode(q, q, q, layer)
+    assert layer.state("count").tolist() == [[30, 30]]
+    assert seen == [("observe", 30), ("feedback", [[31, 31]])]
 
 
 @pytest.mark.parametrize("p", [1.0, 0.6])
