@@ -192,9 +192,10 @@ class Watching(Ages):
         g = layer.geometry
         return Selection.everything(layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=1)
 
-    def feedback(self, q, layer, kept, lse) -> None:
+    def finish(self, q, layer, kept, out, lse):
         self.weights = ops.attention_weights(q, layer.k_pages, layer.page_table, layer.seq_lens, kept, lse)
-        self.calls.append(("feedback", layer.index, kept.lengths.tolist()))
+        self.calls.append(("finish", layer.index, kept.lengths.tolist()))
+        return 2 * out, lse + layer.index
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -210,13 +211,17 @@ def test_a_step_is_shown_to_the_selector_and_its_scratch_passes_from_layer_to_la
     q, k = torch.randn(3, 4, 4), torch.randn(3, 2, 4)
     for _ in range(2):
         for layer in layers:
-            attention.decode(q, k, k, layer)
+            out, lse = attention.decode(q, k, k, layer)
+            pages = (layer.k_pages, layer.v_pages, layer.page_table, layer.seq_lens)
+            dense, dense_lse = ops.dense_attention(q[:, None], *pages, max_seq_len=layer.max_seq_len)
+            torch.testing.assert_close(out, 2 * dense[:, 0])
+            torch.testing.assert_close(lse, dense_lse[:, 0] + layer.index)
         length = 1 + int(layers[0].seq_lens[1])
         assert selector.calls == [
             ("select", 0, {}),
-            ("feedback", 0, [[4 + length] * 2, [length - 1] * 2, [3 + length] * 2]),
+            ("finish", 0, [[4 + length] * 2, [length - 1] * 2, [3 + length] * 2]),
             ("select", 1, {"from 0": True}),
-            ("feedback", 1, [[4 + length] * 2, [length - 1] * 2, [3 + length] * 2]),
+            ("finish", 1, [[4 + length] * 2, [length - 1] * 2, [3 + length] * 2]),
         ]
         assert selector.weights.sum(-1).flatten().tolist() == pytest.approx([1.0] * 12, abs=1e-5)
         selector.calls.clear()

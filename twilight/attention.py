@@ -98,8 +98,7 @@ class TwilightAttention:
         kept = self.pruner(logits, candidates, lens)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
         out, lse = ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
-        self.selector.feedback(q, layer, kept.selection, lse)
-        return out, lse
+        return self.selector.finish(q, layer, kept.selection, out, lse)
 
     def _check_selector(self, layer: LayerCache) -> None:
         """Refuse a cache that keeps another selector's data, or the same selector's with other parameters."""

@@ -145,15 +145,22 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__}.select")
 
-    def feedback(self, q: torch.Tensor, layer: LayerCache, kept: Selection, lse: torch.Tensor) -> None:
-        """See what the step that `select` began has attended to. Called at its end.
+    def finish(
+        self, q: torch.Tensor, layer: LayerCache, kept: Selection, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """End the step that `select` began: see what was attended to, and correct the result where the method does.
 
         Args:
             q: `[b, Hq, d]`, as in `select`.
             layer: the layer's cache.
             kept: the tokens or pages that were read. `ops.attention_weights` gives what each weighed.
+            out: `[b, Hq, d]`, in the type of q.
             lse: `[b, Hq]` float32.
+
+        Returns:
+            `(out, lse)` of the step; as they came by default.
         """
+        return out, lse
 
     def bytes_per_token(self, geometry: Geometry) -> float:
         """Return the bytes that `select` reads for each token of the sequence and kv head.

@@ -183,12 +183,13 @@ def test_a_selector_observes_each_token_of_a_prompt_once_and_in_its_place(chunk)
                 assert (other.state("q") != -9).all()
 
 
-def test_sparse_steps_are_not_observed_but_fed_back():
+def test_sparse_steps_are_not_observed_but_finished():
     fed = []
 
     class Fed(Queries):
-        def feedback(self, q, layer, kept, lse):
+        def finish(self, q, layer, kept, out, lse):
             fed.append((layer.index, layer.max_seq_len, kept.lengths.tolist()))
+            return out, lse
 
     model = make("llama")
     ids, _ = prompt(rows=1)
