@@ -96,8 +96,12 @@ class VAttention(Selector):
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         self._base.observe(q, layer)
 
-    def feedback(self, q: torch.Tensor, layer: LayerCache, kept: Selection, lse: torch.Tensor) -> None:
-        self._base.feedback(q, layer, kept, lse)
+    def finish(
+        self, q: torch.Tensor, layer: LayerCache, kept: Selection, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # It is shown what was attended to; what it would make of the rest, the sample stands for already.
+        self._base.finish(q, layer, kept, out, lse)
+        return out, lse
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         n = layer.max_seq_len
