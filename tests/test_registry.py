@@ -22,8 +22,10 @@ BUILTIN = [
     "magicpig",
     "oracle_topk",
     "oracle_topp",
+    "pqcache",
     "quest",
     "streaming_llm",
+    "tactic",
     "vattention",
 ]
 
