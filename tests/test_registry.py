@@ -20,6 +20,7 @@ BUILTIN = [
     "double_sparsity",
     "full",
     "magicpig",
+    "nsa",
     "oracle_topk",
     "oracle_topp",
     "pqcache",
