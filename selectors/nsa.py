@@ -199,11 +199,12 @@ class NSA(Selector):
     def _block_scores(self, weights: torch.Tensor, blocks: int) -> torch.Tensor:
         """Return `[b, Hkv, blocks]`, p_slc of `[b, Hkv, compressed blocks]` weights."""
         per, reach = self.selected // self.stride, self.block // self.stride
-        # 1, 2, ..., 2, 1: how often i = per (j + 1) - 1 - m - n comes up, from i = per j + 1 - reach on.
-        times = [sum(m + n == gap for m in range(per) for n in range(reach)) for gap in range(per + reach - 1)]
+        # How often i = per (j + 1) - 1 - m - n comes up, from i = per j + 1 - reach on: 1, 2, ..., 2, 1. Made on the
+        # device, where a CUDA graph may be under way.
+        steps = torch.arange(per + reach - 1, device=weights.device)
+        times = torch.minimum(steps + 1, per + reach - 1 - steps).clamp(max=min(per, reach))
         padded = torch.nn.functional.pad(weights, (reach - 1, per * blocks - weights.shape[-1]))
-        windows = padded.unfold(-1, len(times), per)
-        return (windows * torch.tensor(times, dtype=weights.dtype, device=weights.device)).sum(-1)
+        return (padded.unfold(-1, len(times), per) * times).sum(-1)
 
     def _add(self, layer: LayerCache, steps: int) -> None:
         """Compress the blocks that the newest tokens, of each row as many as the step has appended, complete."""

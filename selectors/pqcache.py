@@ -22,7 +22,7 @@ import torch
 
 from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, check_reduce, combine_group, ops
 from twilight.checks import check_positive
-from twilight.clusters import assign, kmeans
+from twilight.kmeans import assign, kmeans
 from twilight.ops.dense_attention import gather_dense
 from twilight.ops.paging import gather_tokens
 

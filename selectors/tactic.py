@@ -29,8 +29,8 @@ import torch
 
 from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, ops
 from twilight.checks import check_p, check_positive
-from twilight.clusters import assign, kmeans
 from twilight.ends import ends
+from twilight.kmeans import assign, kmeans
 from twilight.ops.dense_attention import gather_dense
 from twilight.ops.paging import gather_tokens
 

@@ -8,7 +8,7 @@ import torch
 
 from tests import oracles
 from tests.caches import fill, lists, observed
-from tests.test_clusters import lloyd
+from tests.test_kmeans import lloyd
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, TwilightAttention, UniformBudget
 from twilight_selectors.pqcache import PQCache
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests import oracles
-from twilight import clusters
-from twilight.clusters import assign, kmeans
+from twilight.kmeans import assign, kmeans
 
 
 def lloyd(points: np.ndarray, starts: list[int], iterations: int) -> np.ndarray:
@@ -27,7 +26,7 @@ def lloyd(points: np.ndarray, starts: list[int], iterations: int) -> np.ndarray:
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_lloyd_by_loops(scale: float, block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if block:
-        monkeypatch.setattr(clusters, "_DISTANCES", block)
+        monkeypatch.setattr("twilight.kmeans._DISTANCES", block)
     lengths, k = [[37, 12], [50, 1]], 6
     points = scale * torch.randn(2, 2, 50, 3)
     valid = torch.arange(50) < torch.tensor(lengths).unsqueeze(-1)
