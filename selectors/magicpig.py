@@ -32,8 +32,11 @@ from twilight.checks import check_positive
 from twilight.ends import ends
 from twilight.ops.paging import gather_tokens
 
-_TOKENS = 4096
-"""Tokens hashed or compared at a time: their projections take 50 MB a kv head at K L = 1500."""
+_PROJECTED = 1 << 25
+"""Projections held at a time, 256 MB: of one sequence, 2800 tokens of 8 kv heads at K L = 1500."""
+
+_COMPARED = 1 << 28
+"""Codes compared at a time, 256 MB: of one sequence, 56k tokens for 32 query heads at L = 150."""
 
 
 @dataclass
@@ -87,7 +90,9 @@ class MagicPIG(Selector):
             # No prompt, but a short step: its tokens are hashed around the centre that there is.
             self._add(layer, q.shape[1])
             return
-        chunks = torch.arange(layer.max_seq_len, device=q.device).split(_TOKENS)
+        rows = q.shape[0] * layer.geometry.num_kv_heads
+        block = max(1, _PROJECTED // (rows * self.tables * self.bits))
+        chunks = torch.arange(layer.max_seq_len, device=q.device).split(block)
         # The centre is that of all tokens so far, whatever the chunks of the prompt: all are hashed anew.
         total = sum(self._keys(layer, chunk, middle=True).sum(2) for chunk in chunks)
         count = (layer.seq_lens - self.sinks - self.local).clamp(min=1)[:, None, None]
@@ -146,7 +151,8 @@ class MagicPIG(Selector):
     def _met(self, q: torch.Tensor, layer: LayerCache) -> torch.Tensor:
         """Return `[b, Hkv, G, n]` bool: which keys each query head meets in at least two tables."""
         query = self._hash(q.unflatten(1, (layer.geometry.num_kv_heads, -1))).unsqueeze(3)
-        codes = layer.state("codes").split(_TOKENS, dim=2)
+        block = max(1, _COMPARED // (q.shape[0] * q.shape[1] * self.tables))
+        codes = layer.state("codes").split(block, dim=2)
         return torch.cat([(part.unsqueeze(2) == query).sum(-1) >= 2 for part in codes], dim=-1)
 
 

@@ -63,7 +63,10 @@ def test_probability_is_a_binomial_tail_down_to_small_ones(bits: int, tables: in
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize(("bits", "tables", "epsilon"), [(3, 6, 0.0), (5, 30, 1e-4), (15, 150, 0.0)])
-def test_draws_and_weights_by_hand(bits: int, tables: int, epsilon: float, group: int) -> None:
+def test_draws_and_weights_by_hand(
+    bits: int, tables: int, epsilon: float, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twilight_selectors.magicpig._COMPARED", 7 * 5 * 2 * group * tables)  # seven tokens at a time
     lengths = [70, 33, 6, 1, 0]
     selector = MagicPIG(bits, tables, sinks=2, local=3, epsilon=epsilon)
     cache, keys, _ = observed(Geometry(1, 2 * group, 2, 16, 4, torch.float32), lengths, selector, shift=1.0)
@@ -173,7 +176,9 @@ def test_the_same_bits_again_and_other_ones_at_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("chunks", [[100], [70, 30], [65, 1, 34], [7, 90, 3]])
-def test_codes_do_not_depend_on_how_a_prompt_came(chunks: list[int]) -> None:
+def test_codes_do_not_depend_on_how_a_prompt_came(chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    if len(chunks) == 3:
+        monkeypatch.setattr("twilight_selectors.magicpig._PROJECTED", 9 * 2 * 1500)  # nine tokens at a time
     geometry = Geometry(1, 2, 2, 128, 16, torch.bfloat16)
     selector = MagicPIG(sinks=2, local=2)
     keys = torch.randn(1, 100, 2, 128).bfloat16() + 1
