@@ -46,7 +46,7 @@ class VAttention(Selector):
 
     Attributes:
         base: name of the selector that finds the heavy tokens.
-        base_options: its parameters.
+        base_options: its parameters; on the command line ``+selector.base_options.NAME=VALUE``.
         heavy: its share of the budget, after both ends; the sample may take what is left.
         epsilon: relative error of the denominator that is allowed.
         delta: how often it may be larger.

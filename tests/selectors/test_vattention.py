@@ -10,6 +10,7 @@ import torch
 
 from tests import oracles
 from tests.caches import fill, lists, observed
+from tests.test_config import one
 from tests.test_draws import by_hand
 from twilight import (
     Budget,
@@ -22,6 +23,7 @@ from twilight import (
     TwilightAttention,
     UniformBudget,
 )
+from twilight.config import build_selector
 from twilight.errors import UnknownNameError
 from twilight_selectors.streaming_llm import StreamingLLM
 from twilight_selectors.vattention import VAttention
@@ -288,3 +290,11 @@ def test_refuses_what_does_not_fit() -> None:
     layer = cache.layers[0]
     with pytest.raises(ValueError, match="base: 'magicpig' weights its tokens"):
         selector.select(torch.randn(1, 2, 16), layer, layer.budget(UniformBudget(30)))
+
+
+def test_the_base_and_its_options_come_from_the_command_line(site) -> None:
+    words = ["selector=vattention", "selector.base=streaming_llm", "+selector.base_options.sinks=2"]
+    selector = build_selector(one(*words))
+    assert selector == VAttention("streaming_llm", {"sinks": 2})
+    assert selector._base == StreamingLLM(2)
+    assert build_selector(one("selector=vattention")) == VAttention()
