@@ -10,14 +10,14 @@ from twilight import Geometry, PagedKVCache, Selector
 
 
 def fill(
-    geometry: Geometry, lengths: Sequence[int], selector: Selector | None = None
+    geometry: Geometry, lengths: Sequence[int], selector: Selector | None = None, spare: int = 1
 ) -> tuple[PagedKVCache, list[torch.Tensor], list[torch.Tensor]]:
     """Return a cache and, for each layer, the keys and the values in it, `[b, longest, Hkv, d]`.
 
-    Of row i the first `lengths[i]` count, the others are NaN. There is a spare page for every row.
+    Of row i the first `lengths[i]` count, the others are NaN. There are `spare` pages more for every row.
     """
     pages = sum(-(-length // geometry.page_size) for length in lengths)
-    cache = PagedKVCache(geometry, num_rows=len(lengths), num_pages=pages + len(lengths), selector=selector)
+    cache = PagedKVCache(geometry, num_rows=len(lengths), num_pages=pages + spare * len(lengths), selector=selector)
     shape = (len(lengths), max(lengths), geometry.num_kv_heads, geometry.head_dim)
     past = torch.arange(shape[1]) >= torch.tensor(lengths)[:, None]
     keys, values = [], []

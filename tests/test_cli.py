@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -162,12 +163,12 @@ def test_nothing_runs_on_a_wrong_command_line(runs, capsys, words):
 def test_a_sweep_runs_every_job(runs, site, capfd):
     site.install("twx-newest", {"newest": "newest:Newest"})
     assert main(["decode", "-m", "selector=glob(*)", "p=0.8,0.9"]) == 0
-    assert len(runs) == 14
+    assert len(runs) == 2 * len(site.registry.selectors())
     assert {(run["selector"]["name"], run["p"]) for run in runs} >= {("newest", 0.8), ("quest", 0.9)}
     assert [path.name for path in Path().iterdir()] == ["multirun"]
     told = [line for line in capfd.readouterr().err.splitlines() if line]
     assert told[0] == "job 0: selector=double_sparsity p=0.8"
-    assert len(told) == 14
+    assert len(told) == len(runs)
 
 
 def test_a_failing_job_is_told_at_once_and_the_others_run(runs, monkeypatch, capsys):
@@ -218,7 +219,8 @@ def test_decode_help_lists_installed_selectors(site, capfd):
     site.install("twx-newest", {"newest": "newest:Newest"})
     assert main(["decode", "--help"]) == 0
     text = capfd.readouterr().out
-    assert "selector: double_sparsity, full, newest, oracle_topk, oracle_topp, quest, streaming_llm" in text
+    listed = re.search(r"selector: (.+)", text).group(1).split(", ")
+    assert {"newest", "quest", "streaming_llm"} <= set(listed) and listed == sorted(listed)
     assert "max_new_tokens: 64" in text
 
 

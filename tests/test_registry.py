@@ -16,7 +16,18 @@ from twilight import Selector
 from twilight.errors import PluginError, UnknownNameError
 from twilight.registry import DISTRIBUTION, PluginRecord, PluginWarning, Registry
 
-BUILTIN = ["double_sparsity", "full", "oracle_topk", "oracle_topp", "quest", "streaming_llm"]
+BUILTIN = [
+    "double_sparsity",
+    "full",
+    "h2o",
+    "oracle_topk",
+    "oracle_topp",
+    "quest",
+    "snapkv",
+    "sparq",
+    "streaming_llm",
+    "tidal_decode",
+]
 
 HOOKS = """
 import twilight

@@ -8,6 +8,7 @@ from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.paging import new_positions
 from twilight.ops.quantize import dequantize, quantize
+from twilight.ops.rotate import rotate
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.top_k import top_k
@@ -28,6 +29,7 @@ __all__ = [
     "page_scores",
     "quantize",
     "quantize_bounds",
+    "rotate",
     "sparse_attention",
     "top_k",
     "top_p",
