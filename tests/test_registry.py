@@ -17,6 +17,7 @@ from twilight.errors import PluginError, UnknownNameError
 from twilight.registry import DISTRIBUTION, PluginRecord, PluginWarning, Registry
 
 BUILTIN = [
+    "block_mean",
     "double_sparsity",
     "full",
     "h2o",
