@@ -1,6 +1,7 @@
 """Keys and queries whose attention looks like that of a long prompt: sinks, a local band, a few heavy tokens, a tail.
 
-For each sequence and kv head there is a direction u. Keys are standard normal; the query heads of the group are
+Each kv head has a direction u, the same for all sequences, as the heavy channels of a model are. Keys are standard
+normal; the query heads of the group are
 
     q = tail * n + beta * u        n standard normal, and u of length sqrt(d)
 
@@ -11,23 +12,26 @@ and a token whose key got `h * u / sqrt(d)` more has a logit higher by h * beta.
     a local band   the newest tokens, an eighth of the heavy ones
     runs           of 1 to 4 neighbours anywhere, the rest
 
-each with a height that is normal around `delta` with deviation 1. How many there are is log-normal over kv heads, so
-budgets
-differ by 100x inside one batch, and `delta` is set for each kv head so that they hold a share of 0.95 of the mass:
-top-p at 0.9 then keeps most of them and little else. `union` says how many tokens a group should keep on average; the
-number of heavy tokens is `heavy_per_union` times that, which was fitted once and is checked by what the benchmark
-prints.
+each with a height that is normal around `delta` with deviation 1. How many there are is log-normal over sequences and
+kv heads, so budgets differ by 100x inside one batch, and `delta` is set for each so that they hold a share of 0.95 of
+the mass: top-p at 0.9 then keeps most of them and little else. `union` says how many tokens a group should keep on
+average, of Quest's candidates, a quarter of the length. The number of heavy tokens is `heavy_per_union /
+group_size**group_power` times that, fitted once for groups of 1 to 8, because a larger group's union holds more than
+each head asks for; what it comes to is printed by the benchmark.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import time
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
-from twilight import Geometry, PagedKVCache, Selector, ops
+from twilight import Geometry, LayerCache, PagedKVCache, Selector, ops
+from twilight.graph import StaticCache
 from twilight.ops.quantize import split_shadow
 
 
@@ -40,14 +44,34 @@ class Shape:
     spread: float = 1.0
     share: float = 0.95
     sigma: float = 1.2
-    heavy_per_union: float = 2.5
+    heavy_per_union: float = 4.4
+    group_power: float = 0.41
     sinks: int = 4
 
 
-def make_cache(geometry: Geometry, batch: int, length: int, selector: Selector, seed: int = 0) -> PagedKVCache:
-    """Return a cache whose rows own `length` tokens each in shuffled pages, nothing written yet."""
-    pages = batch * -(-length // geometry.page_size)
-    cache = PagedKVCache(geometry, num_rows=batch, num_pages=pages, selector=selector)
+DEFAULT = Shape()
+_CHUNK = 1 << 26
+"""Elements drawn and quantised at a time: 256 MB in float32, of which quantising holds some five."""
+
+
+def make_cache(
+    geometry: Geometry, batch: int, length: int, selector: Selector, *, spare: int = 0, seed: int = 0
+) -> PagedKVCache:
+    """Return a cache whose rows own `length` tokens each in shuffled pages, nothing written yet.
+
+    Args:
+        geometry: sizes.
+        batch: rows.
+        length: tokens of each row, in whole pages.
+        selector: whose metadata is kept.
+        spare: tokens that each row may grow by, in whole pages.
+        seed: of the shuffle.
+    """
+    size = geometry.page_size
+    if length % size or spare % size:
+        raise ValueError(f"length, spare: expected whole pages of {size} tokens, got {length} and {spare}")
+    pages = batch * length // size
+    cache = PagedKVCache(geometry, num_rows=batch, num_pages=pages + batch * spare // size, selector=selector)
     cache.table.extend([length] * batch)
     order = list(range(1, pages + 1))
     random.Random(seed).shuffle(order)
@@ -56,10 +80,62 @@ def make_cache(geometry: Geometry, batch: int, length: int, selector: Selector, 
     return cache
 
 
+def use_selector(cache: PagedKVCache, selector: Selector) -> None:
+    """Keep another selector's metadata beside the same keys, computed from them, instead of the one before."""
+    if cache.selector is selector:
+        return
+    g = cache.geometry
+    selector.prepare(g)
+    cache.selector, cache.specs = selector, selector.metadata(g)
+    for layer in cache.layers:
+        layer._metadata = {}
+    for layer in cache.layers:
+        shape = (len(layer.k_pages), g.num_kv_heads)
+        layer._metadata = {
+            spec.name: torch.zeros(
+                *shape, *((g.page_size,) if spec.per == "token" else ()), *spec.shape, dtype=spec.dtype, device=g.device
+            )
+            for spec in cache.specs
+        }
+        _summarize(layer)
+
+
+def _summarize(layer: LayerCache) -> None:
+    used = layer.page_table.flatten().long()
+    layer._summarize(used, torch.ones(len(used), layer.geometry.page_size, dtype=torch.bool, device=used.device))
+
+
+def layers_of(static: StaticCache) -> list[LayerCache]:
+    """Return a static cache's layers as what they serve as."""
+    return cast("list[LayerCache]", static.layers)
+
+
+def contiguous(pages: torch.Tensor, batch: int) -> torch.Tensor:
+    """View pages as `[b, Hkv, n, d]`, as if each sequence lay in one piece: for kernels that know no pages.
+
+    The memory is the same and no token is where it was, which a kernel that reads all of them cannot tell.
+    """
+    return pages[1:].view(batch, pages.shape[1], -1, pages.shape[3])
+
+
 def fill_layer(
-    cache: PagedKVCache, index: int, length: int, union: float, shape: Shape = Shape(), seed: int = 0
-) -> torch.Tensor:  # noqa: B008
-    """Write a layer's keys, values, 4-bit keys and metadata, and return queries `[b, Hq, d]` that go with them."""
+    cache: PagedKVCache, index: int, length: int, union: float, shape: Shape = DEFAULT, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write a layer's keys, values, 4-bit keys and metadata.
+
+    Nothing the size of the layer is made beside it: keys and values are drawn in place, and quantised by the chunk.
+
+    Args:
+        cache: from `make_cache`.
+        index: which of its layers.
+        length: tokens of each row.
+        union: tokens that a group should keep on average, at p = 0.9.
+        shape: of the heavy tokens.
+        seed: draws.
+
+    Returns:
+        `(q, u)`: queries `[b, Hq, d]` that go with the keys, and the directions `[Hkv, d]` along which heavy keys lie.
+    """
     layer, g = cache.layers[index], cache.geometry
     device, batch, size = g.device, cache.num_rows, g.page_size
     generator = torch.Generator(device).manual_seed(seed * 1000 + index)
@@ -67,14 +143,16 @@ def fill_layer(
     def normal(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, generator=generator, device=device)
 
+    chunk = max(1, _CHUNK // (g.num_kv_heads * size * g.head_dim))
     for pages in (layer.k_pages, layer.v_pages):
-        for chunk in pages.split(8192):
-            chunk.normal_(generator=generator)
-    direction = normal(batch, g.num_kv_heads, g.head_dim)
+        for part in pages.split(chunk):
+            part.normal_(generator=generator)
+    direction = normal(g.num_kv_heads, g.head_dim)
     direction /= direction.norm(dim=-1, keepdim=True)
 
     # How many heavy tokens each kv head has, and how much higher their logits are.
-    count = (normal(batch, g.num_kv_heads) * shape.sigma - shape.sigma**2 / 2).exp() * union * shape.heavy_per_union
+    mean = union * shape.heavy_per_union / g.group_size**shape.group_power
+    count = (normal(batch, g.num_kv_heads) * shape.sigma - shape.sigma**2 / 2).exp() * mean
     count = count.clamp(8, length // 6).int()
     tail_mass = length * math.exp(shape.tail**2 / 2)
     heavy_mass = count * math.exp(shape.spread**2 / 2 + shape.tail**2 / 2)
@@ -102,17 +180,60 @@ def fill_layer(
     keys = layer.k_pages.view(-1, g.head_dim)
     line = (page * g.num_kv_heads + head) * size + where % size
     # A token named twice is written twice with one of its heights, not with their sum.
-    push = height[row, head, at, None] / shape.beta * direction[row, head]
+    push = height[row, head, at, None] / shape.beta * direction[head]
     keys[line] = (keys[line].float() + push).to(g.dtype)
 
     codes, params = split_shadow(layer.shadow, size)
-    for first in range(0, len(layer.k_pages), 8192):
-        part = slice(first, first + 8192)
-        codes[part], params[part] = ops.quantize(layer.k_pages[part])
-    used = torch.arange(1, len(layer.k_pages), device=device)
-    layer._summarize(used, torch.ones(len(used), size, dtype=torch.bool, device=device))
+    for first in range(0, len(layer.k_pages), chunk):
+        chosen = slice(first, first + chunk)
+        codes[chosen], params[chosen] = ops.quantize(layer.k_pages[chosen])
+    _summarize(layer)
 
     q = shape.tail * normal(batch, g.num_kv_heads, g.group_size, g.head_dim)
-    along = (q * direction[:, :, None]).sum(-1, keepdim=True)
-    q += (shape.beta * math.sqrt(g.head_dim) - along) * direction[:, :, None]
-    return q.flatten(1, 2).to(g.dtype)
+    along = (q * direction[:, None]).sum(-1, keepdim=True)
+    q += (shape.beta * math.sqrt(g.head_dim) - along) * direction[:, None]
+    return q.flatten(1, 2).to(g.dtype), direction
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A filled cache and what goes with it.
+
+    Attributes:
+        cache: every row holds `length` tokens.
+        length: N.
+        queries: for each layer, `[b, Hq, d]`.
+        directions: for each layer, `[Hkv, d]`: along these the heavy keys lie.
+        seconds: what filling it took.
+    """
+
+    cache: PagedKVCache
+    length: int
+    queries: list[torch.Tensor]
+    directions: list[torch.Tensor]
+    seconds: float
+
+
+def make_workload(
+    geometry: Geometry, batch: int, length: int, selector: Selector, union: float, *, spare: int = 0
+) -> Workload:
+    """Make a cache and fill all of its layers; see `make_cache` and `fill_layer`."""
+    start = time.perf_counter()
+    cache = make_cache(geometry, batch, length, selector, spare=spare)
+    filled = [fill_layer(cache, index, length, union) for index in range(geometry.num_layers)]
+    if geometry.device.type == "cuda":
+        torch.cuda.synchronize(geometry.device)
+    queries, directions = (list(each) for each in zip(*filled, strict=True))
+    return Workload(cache, length, queries, directions, time.perf_counter() - start)
+
+
+def channel_orders(workload: Workload) -> dict[int, torch.Tensor]:
+    """Return a Double Sparsity calibration of the workload: for each layer `[Hkv, d]`, heaviest channel first.
+
+    What a text would tell, channel by channel, is known here: logits differ along u, so the channels are those with the
+    largest |u|. 16 of 128 hold about half of its energy.
+    """
+    return {
+        layer: direction.abs().argsort(dim=-1, descending=True)
+        for layer, direction in zip(workload.cache.geometry.layer_ids, workload.directions, strict=True)
+    }

@@ -41,6 +41,67 @@ struct Cluster {
   }
 };
 
+// A cluster whose size, a power of two, the launch decides. A block alone is a cluster of 1, before sm_90 too.
+struct AnyCluster {
+  int size, rank, shift;
+
+  __device__ AnyCluster() : size(1), rank(0) {
+#if __CUDA_ARCH__ >= 900
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+    shift = 31 - __clz(size);
+  }
+  // Things are dealt out in turn: whose thing number i is, and its number there; how many of n this block has, and the number of its i-th.
+  __device__ int owner(int i) const { return i & (size - 1); }
+  __device__ int place(int i) const { return i >> shift; }
+  __device__ int share(int n) const { return (n - rank + size - 1) >> shift; }
+  __device__ int nth(int i) const { return (i << shift) + rank; }
+  __device__ bool alone() const { return size == 1; }
+  // A barrier in two halves, between which a block may do what needs nobody. Every thread comes to both.
+  __device__ void arrive() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+  __device__ void wait() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  __device__ void sync() const { arrive(), wait(); }
+
+  // Where `local` lies in block `at`, for the stores below.
+  __device__ static u32 address(const void* local, int at) {
+    u32 there = smem_address(local);
+#if __CUDA_ARCH__ >= 900
+    asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(at));
+#endif
+    return there;
+  }
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER_STORE "st.shared::cluster"
+#define CLUSTER_ADD "red.relaxed.cluster.shared::cluster.add.u32"
+#else
+#define CLUSTER_STORE "st.shared"
+#define CLUSTER_ADD "red.shared.add.u32"
+#endif
+  __device__ static void store(u32 there, u32 x) { asm volatile(CLUSTER_STORE ".u32 [%0], %1;" ::"r"(there), "r"(x) : "memory"); }
+  __device__ static void store(u32 there, float2 x) {
+    asm volatile(CLUSTER_STORE ".v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(x.x), "f"(x.y) : "memory");
+  }
+  __device__ static void store(u32 there, uint4 x) {
+    asm volatile(CLUSTER_STORE ".v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  }
+  __device__ static void add(u32 there, u32 x) { asm volatile(CLUSTER_ADD " [%0], %1;" ::"r"(there), "r"(x) : "memory"); }
+#undef CLUSTER_STORE
+#undef CLUSTER_ADD
+};
+
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER_DIMS(n) __cluster_dims__(n, 1, 1)
 #else

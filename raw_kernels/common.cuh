@@ -27,6 +27,8 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & (kWarp - 1); }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
+// The same, and the compiler knows that all lanes agree: loops over it need no provision for lanes that part.
+__device__ __forceinline__ int uniform_warp_id() { return __shfl_sync(kFullMask, threadIdx.x / kWarp, 0); }
 
 // ---- 16-bit types ----
 

@@ -1,20 +1,22 @@
-// Page scores: Quest's upper bound of every page's logits, sum_c max(q_c * M_c, q_c * m_c), for all query heads of a group.
+// Page scores, for all query heads of a group: the product with the page's mean key (V = 1 vector a page), or Quest's upper bound of the page's logits,
+// sum_c max(q_c * M_c, q_c * m_c) (V = 2).
 //
 // As max(q*M, q*m) = relu(q)*M + min(q, 0)*m, the bound is a dot product of length 2d, so it runs on tensor cores: 16 pages are the rows of
 // a tile, query heads its columns. A block scores tiles of 16 pages for H neighbouring kv heads of one sequence, a warp a head; the heads of
-// a page lie side by side, H records of 2d + 4 bytes (INT8) or H times d values in each of two tensors (native). Every block takes an equal,
-// contiguous share of all sequences' tiles, found on the device from their lengths; the grid is what fits the GPU at once.
-// Floor: 2d + 4 bytes (INT8) or 4d bytes (native) a page and kv head, plus 4 bytes a page and query head: 260 + 16 at d=128, G=4.
+// a page lie side by side, H times V*d codes and H pairs of halves (INT8) or H times d values in each of V tensors (native). Every block takes an
+// equal, contiguous share of all sequences' tiles, found on the device from their lengths; the grid is what fits the GPU at once.
+// Floor: V*d + 4 bytes (INT8) or 2*V*d bytes (native) a page and kv head, plus 4 bytes a page and query head: 260 + 16 at V=2, d=128, G=4.
 //
-// A record of 2d + 4 bytes is only 4-byte aligned, but H = 4 or 8 of them are 16-byte aligned: cp.async brings whole pages into shared memory, and
-// the fragments are read from there by 32-bit words. Page rows are an odd multiple of 16 bytes apart, so 8 rows x 4 words meet 32 banks.
+// cp.async brings whole pages into shared memory, the codes of all H heads and then their pairs of halves, and the fragments are read from there by
+// 32-bit words. Page rows are an odd multiple of 16 bytes apart, so 8 rows x 4 words meet 32 banks.
 // INT8 reads the query as s * (a + r / 254), two s8 numbers a channel (see spgemv.cu); native metadata meets the query in its own type.
 #include "mma.cuh"
 
 struct PageScoresParams {
   const void* q;          // [b, Hq, d] half or bf16
-  const u8* high;         // [pages, Hkv, 2d + 4] u8: max codes, min codes, half scale, half zero; native: [pages, Hkv, d], the maxima
+  const u8* high;         // u8: [pages, Hkv, V*d] codes, of maxima before minima; native: [pages, Hkv, d], the maxima or means
   const u8* low;          // native: [pages, Hkv, d], the minima
+  const u32* params;      // u8: [pages, Hkv], half scale and half zero
   const int* page_table;  // [b, max_pages]
   const int* seq_lens;    // [b]
   float* out;             // [b, Hq, num_pages], -inf behind a sequence's end
@@ -35,12 +37,12 @@ constexpr int kTile = 16;
 template <typename T>
 constexpr bool kIsInt8 = sizeof(T) == 1;
 
-// T: u8, half or bf16. Tiles: column tiles of 8; for u8 the second half of the columns are residuals. kStages: tiles in shared memory. Block: 32 * H threads, H in 1, 2, 4, 8.
-template <typename T, int D, int Tiles, int kStages>
+// T: u8, half or bf16. V: vectors a page. Tiles: column tiles of 8; for u8 the second half of the columns are residuals. kStages: tiles in shared memory. Block: 32 * H threads, H in 1, 2, 4, 8.
+template <typename T, int D, int V, int Tiles, int kStages>
 __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) page_scores(const __grid_constant__ PageScoresParams p) {
-  constexpr int kPart = D * sizeof(T);                        // bytes of the maxima
-  constexpr int kRecord = 2 * kPart + (kIsInt8<T> ? 4 : 0);   // bytes of a page and head
-  constexpr int kSteps = 2 * kPart / 32;                      // mma: 32 bytes deep for either type
+  constexpr int kPart = D * sizeof(T);                        // bytes of one vector
+  constexpr int kRecord = kIsInt8<T> ? V * kPart : kPart;     // bytes of a page and head that lie together
+  constexpr int kQuery = kPart / 32, kSteps = V * kQuery;     // mma: 32 bytes deep for either type
   constexpr int kHeads = kIsInt8<T> ? 4 * Tiles : 8 * Tiles;  // query heads that the columns hold
   extern __shared__ __align__(16) u32 s_pages[];              // [kStages][kTile][page_words]
   __shared__ int s_scan[9], s_start[2];
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
   }
   Cursor ahead = here;
   const int copiers = 2 * heads, copy_row = threadIdx.x / copiers, copy_lane = threadIdx.x % copiers;
-  const int run = heads * (kIsInt8<T> ? kRecord : kPart);  // contiguous bytes of these heads in a page
+  const int run = heads * kRecord;  // contiguous bytes of these heads in a page
   int next_page = -1, next_set = 0;
   const auto look_up = [&]() {
     const int logical = (ahead.tile - ahead.row_begin) * kTile + copy_row;
@@ -100,15 +102,13 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
   const auto fetch = [&](int stage) {
     if (next_page >= 0) {
       u8* row = reinterpret_cast<u8*>(s_pages + (stage * kTile + copy_row) * p.page_words);
-      const long long at = (static_cast<long long>(next_page) * p.kv_heads + next_set * heads) * (kIsInt8<T> ? kRecord : kPart);
-      if (run % 16 == 0) {
-        for (int i = copy_lane * 16; i < run; i += copiers * 16) {
-          cp_async16(row + i, p.high + at + i);
-          if constexpr (!kIsInt8<T>) cp_async16(row + run + i, p.low + at + i);
-        }
-      } else {
-        for (int i = copy_lane * 4; i < run; i += copiers * 4) cp_async4(row + i, p.high + at + i);
+      const long long place = static_cast<long long>(next_page) * p.kv_heads + next_set * heads, at = place * kRecord;
+      for (int i = copy_lane * 16; i < run; i += copiers * 16) {
+        cp_async16(row + i, p.high + at + i);
+        if constexpr (!kIsInt8<T> && V == 2) cp_async16(row + run + i, p.low + at + i);
       }
+      if constexpr (kIsInt8<T>)
+        if (copy_lane < heads) cp_async4(row + run + 4 * copy_lane, p.params + place + copy_lane);
     }
     cp_async_commit();
     look_up();
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
   for (int s = 0; s < kStages - 1; ++s) fetch(s);
 
   // 3. Columns of B, straight into registers. Lane (gid, tig) holds, of column gid, bytes 32s + 4tig..+3 and 16 bytes on, for every step s; the four
-  // lanes of a column hold all of it between them. Steps of the first half meet maxima (relu(q)), of the second half minima.
+  // lanes of a column hold all of it between them. With two vectors, steps of the first half meet maxima (relu(q)), of the second half minima.
   u32 b[Tiles][kSteps][2];
   constexpr int kHeadTiles = kIsInt8<T> && Tiles > 1 ? Tiles / 2 : Tiles;
   float q_scale[kHeadTiles][2], q_sum[kHeadTiles][2];
@@ -131,14 +131,19 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
       const u32* query = static_cast<const u32*>(p.q) + static_cast<long long>(first_head + g) * (D / 2);
       if constexpr (kIsInt8<T>) {
         float largest = 0.f, sum = 0.f;
+        u32 upper[V == 1 ? kQuery : 1][2];
+        // Where the second word of a step is kept until the second round, in which its two words become codes.
+        const auto second = [&](int s, int h) -> u32& {
+          if constexpr (V == 2) return b[t][s + kQuery][h];
+          else return upper[s][h];
+        };
 #pragma unroll
-        for (int s = 0; s < kSteps / 2; ++s)
+        for (int s = 0; s < kQuery; ++s)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const int c = 32 * s + 16 * h + 4 * tig;
             const uint2 w = g < p.group ? *reinterpret_cast<const uint2*>(query + c / 2) : make_uint2(0, 0);
-            // Kept for the second round, where its two words become codes.
-            b[t][s][h] = w.x, b[t][s + kSteps / 2][h] = w.y;
+            b[t][s][h] = w.x, second(s, h) = w.y;
             const float2 x = p.q_is_bf16 ? unpack2<bf16>(w.x) : unpack2<half>(w.x), y = p.q_is_bf16 ? unpack2<bf16>(w.y) : unpack2<half>(w.y);
             largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(y.x), fabsf(y.y)));
             sum += (x.x + x.y) + (y.x + y.y);
@@ -148,10 +153,10 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
         const float scale = largest / 127.f, inverse = scale > 0.f ? 1.f / scale : 0.f;
         my_scale[t] = scale * (1.f / 254.f), my_sum[t] = sum;
 #pragma unroll
-        for (int s = 0; s < kSteps / 2; ++s)
+        for (int s = 0; s < kQuery; ++s)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const u32 words[2] = {b[t][s][h], b[t][s + kSteps / 2][h]};
+            const u32 words[2] = {b[t][s][h], second(s, h)};
             u32 positive = 0, negative = 0;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -162,18 +167,23 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
               const u32 byte = static_cast<u32>(code & 255) << (8 * k);
               positive |= x > 0.f ? byte : 0, negative |= x < 0.f ? byte : 0;
             }
-            b[t][s][h] = positive, b[t][s + kSteps / 2][h] = negative;
+            if constexpr (V == 2) b[t][s][h] = positive, b[t][s + kQuery][h] = negative;
+            else b[t][s][h] = positive | negative;
           }
       } else {
 #pragma unroll
-        for (int s = 0; s < kSteps / 2; ++s)
+        for (int s = 0; s < kQuery; ++s)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const u32 w = g < p.group ? query[8 * s + 4 * h + tig] : 0;
-            const float2 x = unpack2<T>(w);
-            // `x < 0 ? 0 : x` keeps a NaN, which fmaxf would drop.
-            b[t][s][h] = pack2<T>(x.x < 0.f ? 0.f : x.x, x.y < 0.f ? 0.f : x.y);
-            b[t][s + kSteps / 2][h] = pack2<T>(x.x > 0.f ? 0.f : x.x, x.y > 0.f ? 0.f : x.y);
+            if constexpr (V == 1) {
+              b[t][s][h] = w;
+            } else {
+              const float2 x = unpack2<T>(w);
+              // `x < 0 ? 0 : x` keeps a NaN, which fmaxf would drop.
+              b[t][s][h] = pack2<T>(x.x < 0.f ? 0.f : x.x, x.y < 0.f ? 0.f : x.y);
+              b[t][s + kQuery][h] = pack2<T>(x.x > 0.f ? 0.f : x.x, x.y > 0.f ? 0.f : x.y);
+            }
           }
       }
     }
@@ -206,7 +216,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
       read_query(first_head);
     }
     const u32* s_tile = s_pages + i % kStages * kTile * p.page_words;
-    const u32* row0 = s_tile + gid * p.page_words + warp_id() * ((kIsInt8<T> ? kRecord : kPart) / 4) + tig;
+    const u32* row0 = s_tile + gid * p.page_words + warp_id() * (kRecord / 4) + tig;
     const u32* row1 = row0 + 8 * p.page_words;
     const int page0 = (here.tile - here.row_begin) * kTile + gid;
     if constexpr (kIsInt8<T>) {
@@ -217,7 +227,8 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) mma_u8s8(sum[t], a0, a1, a2, a3, b[t][s][0], b[t][s][1]);
       }
-      const float2 params0 = unpack2<half>(row0[2 * D / 4 - tig]), params1 = unpack2<half>(row1[2 * D / 4 - tig]);
+      const u32* const pair = s_tile + gid * p.page_words + run / 4 + warp_id();
+      const float2 params0 = unpack2<half>(pair[0]), params1 = unpack2<half>(pair[8 * p.page_words]);
       if constexpr (Tiles == 1) {
         // Heads lie in tig 0 and 1, residuals in tig 2 and 3: two shuffles, then tig 0 and 1 own row gid, 2 and 3 row gid + 8.
         const bool upper = tig >= 2;
@@ -244,8 +255,8 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
       float sum[Tiles][4] = {};
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        const u32* from0 = row0 + (s < kSteps / 2 ? 0 : run / 4 - kPart / 4) + 8 * s;
-        const u32* from1 = row1 + (s < kSteps / 2 ? 0 : run / 4 - kPart / 4) + 8 * s;
+        const u32* from0 = row0 + (s < kQuery ? 0 : run / 4 - kPart / 4) + 8 * s;
+        const u32* from1 = row1 + (s < kQuery ? 0 : run / 4 - kPart / 4) + 8 * s;
         const u32 a0 = from0[0], a1 = from1[0], a2 = from0[4], a3 = from1[4];
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) mma_16bit<T>(sum[t], a0, a1, a2, a3, b[t][s][0], b[t][s][1]);

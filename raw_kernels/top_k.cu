@@ -6,7 +6,7 @@
 // the largest key, the next over the bin that holds the rank: one or two rounds, at most three. One more walk writes the indices in order.
 // Integer atomics only: the result does not depend on their order.
 // Floor: 4 * group bytes an entry and kv head, read from L2. What costs is latency: two trips to L2 and about 12 block barriers.
-#include "common.cuh"
+#include "radix.cuh"
 
 struct TopKParams {
   const float* scores;   // [b, Hq, n]
@@ -26,38 +26,7 @@ struct TopKParams {
 };
 CHECK_PARAMS(TopKParams);
 
-constexpr int kBins = 2048;
-constexpr int kBinBits = 11;
 constexpr int kMaxGroup = 16;
-constexpr u32 kNothing = 0x007fffffu;  // ordered_key(-inf)
-constexpr u32 kNaN = 0xffffffffu;
-constexpr u32 kForced = 0xff800001u;  // above +inf, below NaN
-
-// A base to subtract from scores up to x: as x, but finite, so that inf - inf does not turn up. A score of +inf then makes its head's sum +inf.
-__device__ __forceinline__ float finite(float x) { return fminf(fmaxf(x, -3.4e38f), 3.4e38f); }
-
-// Find the bin that holds rank `want` (1 is the largest): s_result gets the bin, the entries in bins above it, and its own. Leaves the histogram
-// empty. The caller's barrier comes before, and another after.
-template <int Threads>
-__device__ __forceinline__ void find_bin(int* histogram, int want, int* s_scratch, int* s_result) {
-  constexpr int kPerThread = kBins / Threads;
-  const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kPerThread;
-  int count[kPerThread], mine = 0, total;
-#pragma unroll
-  for (int i = 0; i < kPerThread; ++i) {
-    count[i] = histogram[top - i];
-    histogram[top - i] = 0;
-    mine += count[i];
-  }
-  int above = block_exclusive_scan<Threads>(mine, s_scratch, total);
-  if (above < want && above + mine >= want) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (above < want && above + count[i] >= want) s_result[0] = top - i, s_result[1] = above, s_result[2] = count[i];
-      above += count[i];
-    }
-  }
-}
 
 // Entries: how many entries a thread keeps in registers between the two readings, for n up to Threads * Entries; 0 reads the scores twice. Negative: too
 // many keys for shared memory.
@@ -65,7 +34,7 @@ template <int Threads, int Group, int Entries>
 __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Group < 8 ? 2 : 1) top_k(const __grid_constant__ TopKParams p) {
   constexpr int kWarps = Threads / kWarp;
   constexpr int kGroup = Group ? Group : kMaxGroup;  // Group 0: any number of heads up to 16
-  __shared__ int s_histogram[kBins];
+  __shared__ int s_histogram[kRadixBins];
   __shared__ int s_result[3], s_scratch[kWarps + 1], s_scratch2[kWarps + 1];
   __shared__ u32 s_low[kWarps], s_high[kWarps];
   __shared__ float s_max[kGroup][kWarps], s_sum[kGroup][kWarps], s_lse[kGroup];
@@ -79,7 +48,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
   u32* keys = Entries >= 0 ? s_keys : p.workspace + static_cast<long long>(row) * p.n;
   const int lane = lane_id(), warp = warp_id();
 
-  for (int i = threadIdx.x; i < kBins; i += Threads) s_histogram[i] = 0;
+  for (int i = threadIdx.x; i < kRadixBins; i += Threads) s_histogram[i] = 0;
 
   // 1. The log-sum-exp of each head, in base 2.
   // With Entries, all of the scores are in flight at once: one trip to L2.
@@ -212,7 +181,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
   u32 threshold = kForced - 1;
   int equal = 0;
   if (int rank = want - forced; rank > 0) {
-    int shift = max(32 - __clz(static_cast<int>(high - low)) - kBinBits, 0);
+    int shift = max(32 - __clz(static_cast<int>(high - low)) - kRadixBits, 0);
     for (bool more = true; more;) {
       // Every key in [low, high] counts, by its distance from `low`.
       for (int i = threadIdx.x; i < real; i += Threads) {
@@ -230,7 +199,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
       } else if (shift == 0) {
         threshold = low, equal = rank, more = false;
       } else {
-        shift = max(shift - kBinBits, 0);
+        shift = max(shift - kRadixBits, 0);
       }
     }
   }

@@ -16,7 +16,7 @@
 //
 // Floor: the logits once, G * sizeof(Logit) bytes a candidate, and 4 bytes a kept token.
 #include "cluster.cuh"
-#include "common.cuh"
+#include "threshold.cuh"
 
 struct TopPParams {
   const void* logits;        // [b, Hq, n], -inf past a row's end
@@ -39,134 +39,7 @@ struct TopPParams {
 };
 CHECK_PARAMS(TopPParams);
 
-constexpr int kBins = 512;
-constexpr int kSubBins = 256;
 constexpr int kMaxGroup = 16;
-
-__device__ __forceinline__ float max_nan(float a, float b) {  // unlike fmaxf, a NaN wins
-  float c;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-  return c;
-}
-
-// 8 candidates as they are stored.
-template <typename Logit>
-struct Chunk;
-template <>
-struct Chunk<half> {
-  uint4 raw;
-  __device__ float operator[](int i) const {
-    const u32 word = i < 4 ? (i < 2 ? raw.x : raw.y) : (i < 6 ? raw.z : raw.w);
-    const float2 pair = unpack2<half>(word);
-    return i % 2 ? pair.y : pair.x;
-  }
-  __device__ float max() const {
-    half2 m[4];
-    *reinterpret_cast<uint4*>(m) = raw;
-    const half2 best = __hmax2_nan(__hmax2_nan(m[0], m[1]), __hmax2_nan(m[2], m[3]));
-    return max_nan(__low2float(best), __high2float(best));
-  }
-  __device__ void load(const half* p) { raw = load16(p); }
-  __device__ void load_some(const half* p, int count) {
-    half v[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = i < count ? p[i] : __ushort_as_half(0xfc00);
-    raw = *reinterpret_cast<uint4*>(v);
-  }
-  __device__ void store(half* p) const { store16(p, raw); }
-};
-template <>
-struct Chunk<float> {
-  float v[8];
-  __device__ float operator[](int i) const { return v[i]; }
-  __device__ float max() const {
-    float m = v[0];
-#pragma unroll
-    for (int i = 1; i < 8; ++i) m = max_nan(m, v[i]);
-    return m;
-  }
-  __device__ void load(const float* p) {
-    *reinterpret_cast<uint4*>(v) = load16(p);
-    *reinterpret_cast<uint4*>(v + 4) = load16(p + 4);
-  }
-  __device__ void load_some(const float* p, int count) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = i < count ? p[i] : -inf();
-  }
-  __device__ void store(float* p) const {
-    store16(p, *reinterpret_cast<const uint4*>(v));
-    store16(p + 4, *reinterpret_cast<const uint4*>(v + 4));
-  }
-};
-
-// floor(y) for 0 <= y < 2^22 in one add: conversions run at a quarter of its rate.
-constexpr float kMagic = 8388608.f;  // 2^23: the last bit of the sum is 1
-__device__ __forceinline__ int low_bits(float with_magic) { return __float_as_int(with_magic) - __float_as_int(kMagic); }
-
-// round(scale * exp(-f * width)) for f in [0, 1) and a width of at most 1/16: three terms of the series, 6e-7 off at most.
-__device__ __forceinline__ u32 bin_weight(float f, float width, float scale) {
-  const float u = f * width;
-  const float e = fmaf(u, fmaf(u, fmaf(u, -1.f / 6.f, 0.5f), -1.f), 1.f);
-  return static_cast<u32>(low_bits(fmaf(e, scale, kMagic)));
-}
-
-struct Cut {
-  int bin;      // the first whose prefix reaches the target, or -1
-  float before; // mass of the bins before it
-  float mass;   // ... and with it
-  bool coarse;  // it holds more than 5 % of what would be kept, and more than 4 candidates
-};
-
-// One warp over 32 * kPerLane bins, of which bin k counts 2^(k * step) times its integer.
-template <int kPerLane>
-__device__ __forceinline__ Cut find_cut(const u32* weights, float step, float target, float one) {
-  const int lane = lane_id();
-  const float lane_scale = exp2f(step * (lane * kPerLane));
-  // Read twice rather than kept: 16 registers are what lets a third block onto the multiprocessor.
-  const auto read4 = [&](int i, float (&w)[4]) {
-    uint4 four;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
-                 : "r"(smem_address(weights + lane * kPerLane + i)) : "memory");
-    w[0] = four.x, w[1] = four.y, w[2] = four.z, w[3] = four.w;
-  };
-  // By a running product, or the compiler keeps all powers for both loops; 1e-6 off at its end, for which the margin has room.
-  const float ratio = exp2f(step);
-  float mass = 0.f, count = 0.f, scale = lane_scale;
-#pragma unroll
-  for (int i = 0; i < kPerLane; i += 4) {
-    float w[4];
-    read4(i, w);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) mass = fmaf(w[j], scale, mass), count += w[j], scale *= ratio;
-  }
-  const float up_to = warp_inclusive_scan(mass), count_up_to = warp_inclusive_scan(count);
-  Cut cut{-1, 0.f, 0.f, false};
-  float prefix = up_to - mass, counted = count_up_to - count;
-  scale = lane_scale;
-#pragma unroll
-  for (int i = 0; i < kPerLane; i += 4) {
-    float w[4];
-    read4(i, w);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float with = fmaf(w[j], scale, prefix);
-      scale *= ratio, counted += w[j];
-      if (cut.bin < 0 && w[j] > 0.f && with >= target) {
-        cut.bin = lane * kPerLane + i + j;
-        cut.before = prefix, cut.mass = with, cut.coarse = w[j] > fmaxf(0.05f * counted, 4.5f * one);
-      }
-      prefix = with;
-    }
-  }
-  const u32 found = __ballot_sync(kFullMask, cut.bin >= 0);
-  const int source = found ? __ffs(found) - 1 : 0;
-  cut.bin = __shfl_sync(kFullMask, cut.bin, source);
-  cut.before = __shfl_sync(kFullMask, cut.before, source);
-  cut.mass = __shfl_sync(kFullMask, cut.mass, source);
-  cut.coarse = __shfl_sync(kFullMask, cut.coarse, source);
-  return cut;
-}
 
 template <typename Logit, int kThreads, int kCluster, bool kShared>
 __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 384 ? 3 : 1024 / kThreads)
@@ -177,12 +50,12 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   const int G = p.group;  // at most kWarps
   extern __shared__ __align__(16) unsigned char smem_raw[];
   u32* const bins = reinterpret_cast<u32*>(smem_raw);                    // [G, 512]
-  u32* const sums = kCluster > 1 ? bins + G * kBins : bins;              // [G, 512] over the cluster
-  Logit* const stored = reinterpret_cast<Logit*>(sums + G * kBins);      // [G, slice_capacity] if kShared
+  u32* const sums = kCluster > 1 ? bins + G * kMassBins : bins;              // [G, 512] over the cluster
+  Logit* const stored = reinterpret_cast<Logit*>(sums + G * kMassBins);      // [G, slice_capacity] if kShared
   // Who is kept: a byte a chunk and head. It takes the place of the bins where they have room, for they are done with by then.
   const int keep_pitch = p.slice_capacity / 8;
   unsigned char* const keep = reinterpret_cast<unsigned char*>(
-      keep_pitch <= kBins * 4 ? sums : reinterpret_cast<u32*>(stored + (kShared ? G * p.slice_capacity : 0)));
+      keep_pitch <= kMassBins * 4 ? sums : reinterpret_cast<u32*>(stored + (kShared ? G * p.slice_capacity : 0)));
   __shared__ float warp_value[kWarps];
   __shared__ int warp_count[kWarps];
   __shared__ float top[kMaxGroup], origin[kMaxGroup], edge[kMaxGroup], limit[kMaxGroup], kept_mass[kMaxGroup];
@@ -230,7 +103,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   };
 
   // ---- maximum of each query head ----
-  for (int i = threadIdx.x; i < G * kBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  for (int i = threadIdx.x; i < G * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
   {
     float best = -inf();
     if constexpr (kShared) {  // everything under way at once
@@ -267,7 +140,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       const bool all = !(x < inf()) || x == -inf() || p.p >= 1.f;
       origin[head] = all ? 0.f : x * p.bins_per_nat;
       edge[head] = inf();
-      limit[head] = all ? -inf() : kBins - 1;
+      limit[head] = all ? -inf() : kMassBins - 1;
       kept_mass[head] = x < inf() && x > -inf() ? 1.f : 0.f;
       cut_bin[head] = all ? -1 : 0;
       refine[head] = 0;
@@ -308,7 +181,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     // ---- histogram ----
     {
       const float depth = limit[g];
-      u32* const mine = bins + g * kBins;
+      u32* const mine = bins + g * kMassBins;
       float below = 0.f;
       if (depth > 0.f) {
         for (int chunk = first_chunk; chunk < chunks; chunk += step) {
@@ -334,7 +207,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     }
     C::sync();
     if constexpr (kCluster > 1) {
-      for (int i = threadIdx.x; i < G * kBins; i += kThreads) {
+      for (int i = threadIdx.x; i < G * kMassBins; i += kThreads) {
         u32 sum = 0;
 #pragma unroll
         for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
@@ -347,12 +220,12 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       float z = mass_sum[warp];
       if constexpr (!kBounded) {
         z = lane < kCluster ? C::read(tail + warp, lane) : 0.f;
-        const u32* const mine = sums + warp * kBins;
+        const u32* const mine = sums + warp * kMassBins;
 #pragma unroll 4
-        for (int i = lane; i < kBins; i += kWarp) z = fmaf(static_cast<float>(mine[i]), exp2f(to_log2 * i), z);
+        for (int i = lane; i < kMassBins; i += kWarp) z = fmaf(static_cast<float>(mine[i]), exp2f(to_log2 * i), z);
         z = warp_sum(z);
       }
-      const Cut cut = find_cut<kBins / kWarp>(sums + warp * kBins, to_log2, share * z, one);
+      const Cut cut = find_cut<kMassBins / kWarp>(sums + warp * kMassBins, to_log2, share * z, one);
       if (lane == 0) {
         cut_bin[warp] = cut.bin;
         edge[warp] = cut.bin < 0 ? inf() : cut.bin + 1.f;
@@ -371,7 +244,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     for (int head = 0; head < G; ++head) any |= refine[head] != 0;
     if (any) {
       if constexpr (kCluster > 1) C::sync();  // others may still read our bins
-      for (int i = threadIdx.x; i < G * kBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+      for (int i = threadIdx.x; i < G * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
       __syncthreads();
       if (refine[g]) {
         const float low = static_cast<float>(cut_bin[g]);
@@ -381,14 +254,14 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
           for (int i = 0; i < 8; ++i) {
             const float f = offset(v[i]) - low;
             if (f >= 0.f && f < 1.f) {
-              atomicAdd(bins + g * kBins + low_bits(__fadd_rd(f * kSubBins, kMagic)), bin_weight(f, width, one));
+              atomicAdd(bins + g * kMassBins + low_bits(__fadd_rd(f * kMassSubBins, kMagic)), bin_weight(f, width, one));
             }
           }
         }
       }
       C::sync();
       if constexpr (kCluster > 1) {
-        for (int i = threadIdx.x; i < G * kBins; i += kThreads) {
+        for (int i = threadIdx.x; i < G * kMassBins; i += kThreads) {
           u32 sum = 0;
 #pragma unroll
           for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
@@ -397,9 +270,9 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
         __syncthreads();
       }
       if (warp < G && refine[warp]) {
-        const Cut cut = find_cut<kSubBins / kWarp>(sums + warp * kBins, 0.f, missing[warp], one);
+        const Cut cut = find_cut<kMassSubBins / kWarp>(sums + warp * kMassBins, 0.f, missing[warp], one);
         if (lane == 0 && cut.bin >= 0) {
-          edge[warp] = cut_bin[warp] + (cut.bin + 1.f) / kSubBins;
+          edge[warp] = cut_bin[warp] + (cut.bin + 1.f) / kMassSubBins;
           kept_mass[warp] = fminf(fmaf(cut.mass, unit[warp], share_before[warp]), 1.f);
         }
       }

@@ -1,7 +1,8 @@
 """Double Sparsity: tokens ranked on a few heavy channels (Yang et al., arXiv 2408.07092; andy-yang-1/DoubleSparse).
 
 Offline, the channels of each head are ordered by how much they contribute to its logits. Online, a label of each key,
-its first r channels in 4 bits, is scored against the same channels of the query, and the best tokens are attended to.
+its first r channels in 4 or 2 bits, is scored against the same channels of the query, and the best tokens are attended
+to. The append kernel keeps the labels.
 
 The official code gives each query head channels of its own ("q", "qk"), so that under grouped queries a label would
 have to be stored once a query head; here a kv head has one list, ranked over its whole group. Labels are kept for keys
@@ -27,8 +28,8 @@ class DoubleSparsity(Selector):
     Attributes:
         calibration: file of channel orders, made by ``twilight calibrate double_sparsity``. By default the
             ``double_sparsity.json`` in the model's folder.
-        channels: r, label channels of a kv head; even when `label_bits` is 4.
-        label_bits: 4, or 16 to keep labels in the type of the cache.
+        channels: r, label channels of a kv head; even when `label_bits` is 4, a multiple of 4 when it is 2.
+        label_bits: 4, 2, or 16 to keep labels in the type of the cache.
         reduce: how the query heads of a group are combined: "softmax", "sum" or "max"; see `combine_group`.
     """
 
@@ -43,8 +44,10 @@ class DoubleSparsity(Selector):
 
     def __post_init__(self) -> None:
         check_reduce(self.reduce)
-        if self.label_bits not in (4, 16):
-            raise ValueError(f"label_bits: expected 4 or 16, got {self.label_bits}")
+        if self.label_bits not in (2, 4, 16):
+            raise ValueError(f"label_bits: expected 2, 4 or 16, got {self.label_bits}")
+        if self.label_bits == 2 and (self.channels < 4 or self.channels % 4):
+            raise ValueError(f"channels: expected a multiple of 4 in 2 bits, got {self.channels}")
         if self.channels < 2 or (self.label_bits == 4 and self.channels % 2):
             raise ValueError(f"channels: expected an even number of at least 2, got {self.channels}")
 
@@ -52,22 +55,22 @@ class DoubleSparsity(Selector):
         if self.channels > geometry.head_dim:
             raise ValueError(f"channels: expected at most head_dim={geometry.head_dim}, got {self.channels}")
         orders = load_channels(self.calibration, geometry)
-        self._orders = {layer: order[:, : self.channels] for layer, order in orders.items()}
+        self._orders = {layer: order[:, : self.channels].int().contiguous() for layer, order in orders.items()}
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
         if self.label_bits == 16:
-            return (MetadataSpec("label", (self.channels,), geometry.dtype, per="token"),)
+            return (MetadataSpec("label", (self.channels,), geometry.dtype, per="token", rule="label"),)
         return (
-            MetadataSpec("label", (self.channels // 2,), torch.uint8, per="token"),
-            MetadataSpec("label_params", (2,), torch.float16, per="token"),
+            MetadataSpec("label", (self.channels * self.label_bits // 8,), torch.uint8, per="token", rule="label"),
+            MetadataSpec("label_params", (2,), torch.float16, per="token", rule="label"),
         )
 
+    def label_channels(self, layer: int) -> torch.Tensor:
+        return self._orders[layer]
+
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        label = keys.gather(-1, self._orders[layer][None, :, None].expand(*keys.shape[:3], -1))
-        if self.label_bits == 16:
-            return {"label": label}
-        codes, params = ops.quantize(label)
-        return {"label": codes, "label_params": params}
+        bits = None if self.label_bits == 16 else self.label_bits
+        return dict(zip(("label", "label_params"), ops.key_labels(keys, self._orders[layer], bits), strict=False))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
@@ -76,8 +79,8 @@ class DoubleSparsity(Selector):
         positions = tokens.expand(q.shape[0], g.num_kv_heads, -1).masked_fill(past, 0)
         stored = (gather_tokens(layer.metadata(s.name), positions, layer.page_table, g.page_size)
                   for s in self.metadata(g))  # fmt: skip
-        label = ops.dequantize(*stored) if self.label_bits == 4 else next(stored).float()
-        order = self._orders[layer.index][None, :, None].expand(q.shape[0], -1, g.group_size, -1)
+        label = next(stored).float() if self.label_bits == 16 else ops.dequantize(*stored, bits=self.label_bits)
+        order = self._orders[layer.index].long()[None, :, None].expand(q.shape[0], -1, g.group_size, -1)
         query = q.float().unflatten(1, (g.num_kv_heads, -1)).gather(-1, order)
         scores = (query @ label.transpose(-1, -2)).flatten(1, 2).masked_fill(past, -torch.inf)
         combined = combine_group(scores, g.num_kv_heads, self.reduce, scale=g.sm_scale)

@@ -21,7 +21,6 @@ from typing import ClassVar
 import torch
 
 from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
-from twilight.ops.page_scores import bounds_bytes
 
 
 @dataclass
@@ -46,17 +45,15 @@ class Quest(Selector):
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
         if self.metadata_type == "int8":
-            return (MetadataSpec("bounds", (bounds_bytes(geometry.head_dim),), torch.uint8),)
-        return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype),
-                MetadataSpec("min", (geometry.head_dim,), geometry.dtype))  # fmt: skip
+            return (MetadataSpec("bounds", (2 * geometry.head_dim,), torch.uint8, rule="bounds"),
+                    MetadataSpec("bounds_params", (2,), torch.float16, rule="bounds"))  # fmt: skip
+        return (MetadataSpec("max", (geometry.head_dim,), geometry.dtype, rule="bounds"),
+                MetadataSpec("min", (geometry.head_dim,), geometry.dtype, rule="bounds"))  # fmt: skip
 
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        empty = ~valid[:, None, :, None]
-        page_max = keys.masked_fill(empty, -torch.inf).amax(2)
-        page_min = keys.masked_fill(empty, torch.inf).amin(2)
         if self.metadata_type == "int8":
-            return {"bounds": ops.quantize_bounds(page_max, page_min)}
-        return {"max": page_max, "min": page_min}
+            return dict(zip(("bounds", "bounds_params"), ops.page_bounds(keys, valid, bits=8), strict=True))
+        return dict(zip(("max", "min"), ops.page_bounds(keys, valid), strict=True))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

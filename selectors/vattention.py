@@ -90,6 +90,9 @@ class VAttention(Selector):
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
         return self._base.summarize(keys, valid, layer)
 
+    def label_channels(self, layer: int) -> torch.Tensor:
+        return self._base.label_channels(layer)
+
     def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
         return self._base.state(geometry)
 

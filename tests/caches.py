@@ -13,8 +13,8 @@ def fill(
     geometry: Geometry,
     lengths: Sequence[int],
     selector: Selector | None = None,
-    shift: float = 0.0,
     spare: int = 1,
+    shift: float = 0.0,
 ) -> tuple[PagedKVCache, list[torch.Tensor], list[torch.Tensor]]:
     """Return a cache and, for each layer, the keys and the values in it, `[b, longest, Hkv, d]`.
 
@@ -38,7 +38,7 @@ def observed(
     geometry: Geometry, lengths: Sequence[int], selector: Selector, shift: float = 0.0, spare: int = 1
 ) -> tuple[PagedKVCache, list[torch.Tensor], list[torch.Tensor]]:
     """Do as `fill`, and show the selector random queries of those tokens, as a prompt would."""
-    made = fill(geometry, lengths, selector, shift, spare)
+    made = fill(geometry, lengths, selector, spare, shift)
     q = torch.randn(len(lengths), max(lengths), geometry.num_q_heads, geometry.head_dim)
     for layer in made[0].layers:
         selector.observe(q.to(geometry.device, geometry.dtype), layer)

@@ -24,25 +24,35 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def quantize(key: Sequence[float]) -> tuple[list[int], float, float]:
+def quantize(key: Sequence[float], bits: int = 4) -> tuple[list[int], float, float]:
     """Return (codes, scale, zero) of one key. Rounds where the definition says so: to half, and to an integer."""
+    steps = {2: 3, 4: 15, 8: 255}[bits]
     k = np.asarray(key, dtype=np.float32)
     zero = np.float32(np.float16(k.min()))
-    scale = np.float32(np.float16(max((k.max() - zero) / np.float32(15), np.float32(2.0**-14))))
-    codes = [int(min(15, max(0, np.rint((value - zero) / scale)))) for value in k]
+    scale = np.float32(np.float16(max((k.max() - zero) / np.float32(steps), np.float32(2.0**-14))))
+    codes = [int(min(steps, max(0, np.rint((value - zero) / scale)))) for value in k]
     return codes, float(scale), float(zero)
 
 
-def dequantize(key: Sequence[float]) -> np.ndarray:
+def dequantize(key: Sequence[float], bits: int = 4) -> np.ndarray:
     """Return the float64 key that the codes of `key` stand for."""
-    codes, scale, zero = quantize(key)
+    codes, scale, zero = quantize(key, bits)
     return np.array([scale * code + zero for code in codes])
 
 
-def pack(codes: Sequence[int]) -> bytes:
-    """Return the bytes of one key: byte j holds channel j below and channel j + d/2 above."""
-    half = len(codes) // 2
-    return bytes(codes[j] + 16 * codes[j + half] for j in range(half))
+def pack(codes: Sequence[int], bits: int = 4) -> bytes:
+    """Return the bytes of one key: with n codes a byte, byte j holds channels j, j + d/n, ..., lowest bits first."""
+    each = 8 // bits
+    stride = len(codes) // each
+    return bytes(sum(codes[j + k * stride] * 2 ** (bits * k) for k in range(each)) for j in range(stride))
+
+
+def mean(keys: np.ndarray) -> np.ndarray:
+    """Return the float32 mean of some keys, `[n, d]`: a sum in float32 in their order, then one division."""
+    total = np.zeros(keys.shape[1], dtype=np.float32)
+    for key in keys.astype(np.float32):
+        total = (total + key).astype(np.float32)
+    return total / np.float32(len(keys))
 
 
 def shadow_page(keys: Sequence[Sequence[float]], page_size: int, fill: int = 0xFF) -> bytes:

@@ -306,8 +306,8 @@ def test_a_cache_without_the_selectors_metadata_is_named() -> None:
         ({"selector": Quest}, TypeError, "selector: expected a twilight.Selector, got type"),
         ({"budget": 0}, ValueError, "budget: expected at least 1, got 0"),
         ({"budget": 1.5}, ValueError, "budget: expected an int of tokens or a fraction"),
-        ({"min_context": -1}, ValueError, "min_context: expected an int of at least 0, got -1"),
-        ({"min_context": True}, ValueError, "min_context: expected an int of at least 0, got True"),
+        ({"min_context": -1}, ValueError, "min_context: expected an int of at least 0 or 'auto', got -1"),
+        ({"min_context": True}, ValueError, "min_context: expected an int of at least 0 or 'auto', got True"),
     ],
 )
 def test_refuses_bad_parameters(arguments: dict, error: type[Exception], message: str) -> None:

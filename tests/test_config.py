@@ -152,7 +152,7 @@ def test_a_wrong_word_is_answered(site, word, first, more):
         (["selector=full,qest"], "no selector 'qest'. Did you mean 'quest'?"),
         (["p=0.8,1.5"], "p: expected a float in (0, 1], got 1.5"),
         (["selector=quest,full", "selector.reduce=sum"], "no option 'selector.reduce' with selector=full."),
-        (["selector=glob(zz*)"], "selector=glob(zz*): matches nothing of double_sparsity, full"),
+        (["selector=glob(zz*)"], "selector=glob(zz*): matches nothing of block_mean, double_sparsity"),
         (["budget=0.25,fixed"], "budget=0.25,fixed: expected numbers or choices, not both"),
         (["pp=0.8,0.9"], "no option 'pp'. Did you mean 'p'?"),
     ],

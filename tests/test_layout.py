@@ -17,7 +17,7 @@ import pytest
 from twilight import resources
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "twilight", "selectors", "conf", "raw_kernels")
+SHIPPED = ("pyproject.toml", "README.md", "LICENSE", "twilight", "selectors", "conf", "raw_kernels", "benchmarks")
 DEFAULTS = {key: value for key, value in os.environ.items() if not key.startswith(("TWILIGHT_", "PYTHON"))}
 
 LOOK = """
@@ -29,6 +29,7 @@ print(json.dumps({
     "conf": str(conf),
     "yaml": sorted(path.relative_to(conf).as_posix() for path in conf.rglob("*.yaml")),
     "raw_kernels": str(resources.folder("raw_kernels")),
+    "benchmarks": resources.subpackage("benchmarks").__file__,
     "checkout": str(resources.checkout()),
     "standard": selectors.__file__.startswith(sysconfig.get_path("stdlib")),
 }))
@@ -129,6 +130,7 @@ def test_every_way_to_install_finds_its_files(place, request):
     assert found["package"] == str(package / "twilight" / "__init__.py")
     assert found["conf"] == str(inside / "conf")
     assert found["raw_kernels"] == str(inside / "raw_kernels")
+    assert found["benchmarks"] == str(inside / "benchmarks" / "__init__.py")
     assert found["checkout"] == str(None if kind == "wheel" else place.source)
     assert found["yaml"] == sorted(p.relative_to(ROOT / "conf").as_posix() for p in (ROOT / "conf").rglob("*.yaml"))
     assert found["standard"]
@@ -156,10 +158,23 @@ def test_every_installation_decodes_and_composes(place, request):
 
 
 @pytest.mark.slow
+def test_every_installation_benchmarks(place, request):
+    words = ["--device", "cpu", "--heads", "2/1", "--head-dim", "32", "--cells", "1:64", "--repeats", "1"]
+    said = place.run(f"from twilight.cli import main\nassert main(['bench', *{words}]) == 0")
+    wheel = request.node.callspec.params["place"] == "wheel"
+    out = (place.folder if wheel else place.source / "benchmarks" / "results") / "decode-cpu.json"
+    assert len(json.loads(out.read_text())["cells"]) == 1
+    assert said.splitlines()[-1] == ("decode-cpu.json" if wheel else str(out))
+    out.unlink()
+
+
+@pytest.mark.slow
 def test_the_wheel_has_every_file_and_no_other(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twilight").rglob("*.py")} | {"twilight/py.typed"}
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twilight").rglob("*.py")}
+    expected |= {"twilight/py.typed", "twilight/crossover.json"}
+    expected |= {f"twilight/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
     expected |= {f"twilight_selectors/{path.name}" for path in (ROOT / "selectors").glob("*.py")}
     expected |= {f"twilight/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
     kernels = [path for path in (ROOT / "raw_kernels").iterdir() if path.suffix in (".cu", ".cuh", ".md")]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from twilight import ops
+from twilight import kernels, ops
 from twilight.budget import UniformBudget, parse_budget
 from twilight.cache import LayerCache
 from twilight.checks import check_tensor
+from twilight.crossover import crossover
+from twilight.ops.sparse_attention import unsupported_attention
 from twilight.pruner import Pruner, TopP
 from twilight.selector import Selector
 from twilight.stats import Stats
@@ -20,7 +24,9 @@ class TwilightAttention:
         selector: proposes candidates.
         pruner: cuts them down; top-p at 0.95 by default.
         budget: how many candidates: tokens (int), a fraction of the length (float), or a `UniformBudget`.
-        min_context: sequences up to this many tokens are attended densely when no longer one is in the batch.
+        min_context: sequences up to this many tokens are attended densely when no longer one is in the batch. "auto" is
+            the length up to which dense was measured to be as fast (`twilight.crossover`) where the kernels run, and 0
+            elsewhere. Over a `StaticCache` its `max_seq_len` decides, for all of its steps.
         collect_stats: record budgets and mass at every step.
     """
 
@@ -30,15 +36,16 @@ class TwilightAttention:
         pruner: Pruner | None = None,
         budget: int | float | UniformBudget = 0.25,
         *,
-        min_context: int = 0,
+        min_context: int | Literal["auto"] = 0,
         collect_stats: bool = False,
     ) -> None:
         if not isinstance(selector, Selector):
             raise TypeError(f"selector: expected a twilight.Selector, got {type(selector).__name__}")
         if pruner is not None and not (callable(pruner) and hasattr(pruner, "needs_logits")):
             raise TypeError(f"pruner: expected a pruner such as TopP(0.95), got {type(pruner).__name__}")
-        if isinstance(min_context, bool) or not isinstance(min_context, int) or min_context < 0:
-            raise ValueError(f"min_context: expected an int of at least 0, got {min_context!r}")
+        whole = isinstance(min_context, int) and not isinstance(min_context, bool) and min_context >= 0
+        if not whole and min_context != "auto":
+            raise ValueError(f"min_context: expected an int of at least 0 or 'auto', got {min_context!r}")
         self.selector = selector
         self.pruner: Pruner = pruner if pruner is not None else TopP()
         self.budget = parse_budget(budget)
@@ -67,19 +74,23 @@ class TwilightAttention:
 
     def is_dense(self, layer: LayerCache) -> bool:
         """Return whether this step would run densely, because no sequence is longer than `min_context`."""
-        return layer.max_seq_len <= self.min_context
+        least = self.min_context
+        if isinstance(least, str):
+            g = layer.geometry
+            rows = layer.seq_lens.shape[0] * g.num_kv_heads
+            least = crossover(rows, g.group_size) if why_reference(layer) is None else 0
+        return layer.max_seq_len <= least
 
     def attend(self, q: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Do the rest of `decode` for tokens that have been appended already."""
-        geometry, table, lens, longest = layer.geometry, layer.page_table, layer.seq_lens, layer.max_seq_len
-        scale = geometry.sm_scale
-        pages = (layer.k_pages, layer.v_pages, table, lens)
         if self.is_dense(layer):
             self.stats.dense(layer)
             self.selector.observe(q.unsqueeze(1), layer)
-            out, lse = ops.dense_attention(q.unsqueeze(1), *pages, max_seq_len=longest, sm_scale=scale)
-            return out.squeeze(1), lse.squeeze(1)
+            return attend_densely(q, layer)
 
+        geometry, table, lens = layer.geometry, layer.page_table, layer.seq_lens
+        scale = geometry.sm_scale
+        pages = (layer.k_pages, layer.v_pages, table, lens)
         candidates = self.selector.select(q, layer, layer.budget(self.budget))
         logits = None
         if self.pruner.needs_logits:
@@ -110,6 +121,36 @@ class TwilightAttention:
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"
             )
+
+
+def why_reference(layer: LayerCache) -> str | None:
+    """Say why attention over this cache runs the torch reference, or return None: it runs the kernels."""
+    device = layer.seq_lens.device
+    if not kernels.available(device):
+        return f"the kernels do not run on {device} here (twilight doctor says more)"
+    return unsupported_attention(layer.k_pages, layer.k_pages, layer.v_pages)  # queries are of the keys' type
+
+
+def attend_densely(q: torch.Tensor, layer: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to every token of each sequence: what a step below `min_context` does, and so do dense layers.
+
+    Args:
+        q: `[b, Hq, d]`, rotated.
+        layer: the layer's cache, the new tokens in it.
+
+    Returns:
+        `(out, lse)`, as `TwilightAttention.decode`.
+    """
+    out, lse = ops.dense_attention(
+        q.unsqueeze(1),
+        layer.k_pages,
+        layer.v_pages,
+        layer.page_table,
+        layer.seq_lens,
+        max_seq_len=layer.max_seq_len,
+        sm_scale=layer.geometry.sm_scale,
+    )
+    return out.squeeze(1), lse.squeeze(1)
 
 
 def check_query(q: torch.Tensor, layer: LayerCache) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from twilight import ops
 from twilight.checks import check_positive
 
 
@@ -17,24 +18,25 @@ class Budget:
     Attributes:
         tokens: `[b, Hkv]` int32, between 1 and the sequence's length (0 for an empty sequence).
         capacity: an upper bound of `tokens` known on the host; shapes are made from it.
+        known_pages: what `pages` returns, for the page sizes that it has been asked for.
     """
 
     tokens: torch.Tensor
     capacity: int
+    known_pages: dict[int, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def pages(self, page_size: int) -> torch.Tensor:
         """Return `[b, Hkv]` int32: the pages that hold `tokens` tokens, rounded up."""
-        known: dict[int, torch.Tensor] = self.__dict__.setdefault("_pages", {})  # all layers of a step ask for the same
-        if page_size not in known:
-            known[page_size] = (self.tokens + page_size - 1) // page_size
-        return known[page_size]
+        if page_size not in self.known_pages:
+            self.known_pages[page_size] = (self.tokens + page_size - 1) // page_size
+        return self.known_pages[page_size]
 
     def page_capacity(self, page_size: int) -> int:
         """Return the host's upper bound of `pages`."""
         return -(-self.capacity // page_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class UniformBudget:
     """The same budget for every layer and kv head.
 
@@ -61,23 +63,31 @@ class UniformBudget:
         if capacity is not None and isinstance(self.value, int) and self.value > capacity:
             raise ValueError(f"budget: {self.value} tokens are more than the {capacity} that the cache can hold")
 
-    def resolve(self, seq_lens: torch.Tensor, num_kv_heads: int, *, max_seq_len: int) -> Budget:
-        """Turn the policy into tokens.
+    def resolve(self, seq_lens: torch.Tensor, num_kv_heads: int, *, max_seq_len: int, page_size: int = 16) -> Budget:
+        """Turn the policy into tokens, in one launch on a GPU. A cache does it once a step, for all of its layers.
 
         Args:
             seq_lens: `[b]` int32, tokens of each sequence.
             num_kv_heads: kv heads of the layer.
             max_seq_len: the longest that any of `seq_lens` is, known on the host.
+            page_size: the page size for which `Budget.pages` is known at once.
         """
         if isinstance(self.value, float):
-            # In float64: float32 would turn 0.1 * 2**24 into a different number of tokens than the host's arithmetic.
-            wanted = torch.ceil(seq_lens.double() * self.value).clamp(min=self.min_tokens)
             capacity = max(self.min_tokens, math.ceil(max_seq_len * self.value))
         else:
-            wanted = torch.full_like(seq_lens, self.value, dtype=torch.float64)
             capacity = self.value
-        tokens = torch.minimum(wanted, seq_lens.double()).to(torch.int32)
-        return Budget(tokens[:, None].expand(-1, num_kv_heads).contiguous(), max(1, min(capacity, max_seq_len)))
+        tokens, pages = ops.budget(seq_lens, num_kv_heads, self.value, min_tokens=self.min_tokens, page_size=page_size)
+        return Budget(tokens, max(1, min(capacity, max_seq_len)), {page_size: pages})
+
+    def _identity(self) -> tuple[type, int | float, int]:
+        # With its type: a budget of 1 is one token, a budget of 1.0 is all of them, and 1 == 1.0.
+        return type(self.value), self.value, self.min_tokens
+
+    def __eq__(self, other: object) -> bool:
+        return self._identity() == other._identity() if isinstance(other, UniformBudget) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
 
 
 def parse_budget(value: int | float | UniformBudget) -> UniformBudget:

@@ -13,6 +13,7 @@ from twilight.checks import check_positive, check_tensor
 from twilight.errors import OutOfPagesError
 from twilight.geometry import Geometry
 from twilight.ops.quantize import shadow_bytes
+from twilight.ops.summaries import Summary
 from twilight.pages import Extension, PageTable
 from twilight.selector import MetadataSpec, Selector, StateSpec
 from twilight.state import RowState
@@ -28,13 +29,15 @@ class LayerCache:
         index: the model's number of the layer.
         k_pages, v_pages: `[pages, Hkv, P, d]`.
         shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, the 4-bit copy of the keys; see `twilight.ops.quantize`.
+        dense: whether the layer is one of the cache's `dense_layers`: no shadow, `[pages, Hkv, 0]`, and no metadata.
     """
 
-    def __init__(self, cache: PagedKVCache, index: int) -> None:
+    def __init__(self, cache: PagedKVCache, index: int, *, dense: bool = False) -> None:
         self._cache = cache
         self.index = index
+        self.dense = dense
         self._step = 0
-        self._state = RowState(cache.state_specs, cache.geometry, cache.num_rows)
+        self._state = RowState(self.state_specs, cache.geometry, cache.num_rows)
         self._allocate(0, cache.table.num_pages + 1)
 
     def _allocate(self, used: int, pages: int) -> None:
@@ -51,14 +54,37 @@ class LayerCache:
 
         self.k_pages = buffer(getattr(self, "k_pages", None), (size, dim), geometry.dtype)
         self.v_pages = buffer(getattr(self, "v_pages", None), (size, dim), geometry.dtype)
-        self.shadow = buffer(getattr(self, "shadow", None), (shadow_bytes(size, dim),), torch.uint8)
+        shadow = 0 if self.dense else shadow_bytes(size, dim)
+        self.shadow = buffer(getattr(self, "shadow", None), (shadow,), torch.uint8)
         old = getattr(self, "_metadata", {})
         self._metadata = {
             spec.name: buffer(
                 old.get(spec.name), (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
             )
-            for spec in self._cache.specs
+            for spec in self.specs
         }
+        self._summary = self._kept_by_append()
+
+    def _kept_by_append(self) -> Summary | None:
+        """Return the metadata that append brings up to date by itself."""
+        cache = self._cache
+        if self.dense or not cache._kept:
+            return None
+        rule = cache._kept[0].rule
+        channels = cache.selector.label_channels(self.index) if rule == "label" else None
+        summary = Summary(rule, tuple(self._metadata[spec.name] for spec in cache._kept), channels)
+        summary.check(self.k_pages)
+        # The kernel does not look: it would read beside the key.
+        if channels is not None and not 0 <= int(channels.min()) <= int(channels.max()) < self.geometry.head_dim:
+            raise ValueError(
+                f"label_channels: expected channels from 0 to {self.geometry.head_dim - 1}, got {channels}"
+            )
+        return summary
+
+    @property
+    def _summarized(self) -> tuple[str, ...]:
+        """Metadata that `append` leaves to `Selector.summarize`."""
+        return () if self.dense else self._cache._summarized
 
     @property
     def geometry(self) -> Geometry:
@@ -73,12 +99,12 @@ class LayerCache:
     @property
     def specs(self) -> tuple[MetadataSpec, ...]:
         """What that metadata is."""
-        return self._cache.specs
+        return () if self.dense else self._cache.specs
 
     @property
     def state_specs(self) -> tuple[StateSpec, ...]:
         """What it keeps for each row."""
-        return self._cache.state_specs
+        return () if self.dense else self._cache.state_specs
 
     @property
     def page_table(self) -> torch.Tensor:
@@ -111,8 +137,8 @@ class LayerCache:
         return self._cache.capacity
 
     def budget(self, policy: UniformBudget) -> Budget:
-        """Return what `policy` gives each sequence and kv head now."""
-        return policy.resolve(self.seq_lens, self.geometry.num_kv_heads, max_seq_len=self.max_seq_len)
+        """Return what `policy` gives each sequence and kv head now. All layers of a step share it."""
+        return self._cache._budget(policy)
 
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
@@ -172,29 +198,42 @@ class LayerCache:
             raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
         try:
-            self._write(k, v)
+            self._write(k, v, self.page_table, self.seq_lens, self.new_tokens)
+            if self._summarized:
+                self._summarize(*self._cache._touched(), self._summarized)
         except BaseException:
             # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
             self._cache.abort()
             raise
         self._step = self._cache._step
 
-    def _write(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        ops.append(k, v, self.k_pages, self.v_pages, self.shadow, self.page_table, self.seq_lens, self.new_tokens)
-        self._summarize(*self._cache._touched)
+    def _write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        page_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        new_tokens: torch.Tensor,
+    ) -> None:
+        ops.append(
+            k, v, self.k_pages, self.v_pages, self.shadow, page_table, seq_lens, new_tokens, summary=self._summary
+        )
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for buffer in (self.k_pages, self.v_pages, self.shadow, *self._metadata.values()):
             buffer[target] = buffer[source]
 
-    def _summarize(self, pages: torch.Tensor, valid: torch.Tensor) -> None:
-        if not self._metadata:
+    def _summarize(self, pages: torch.Tensor, valid: torch.Tensor, names: Sequence[str] | None = None) -> None:
+        """Let the selector compute the metadata of these pages, all of it or that of some names."""
+        names = tuple(self._metadata) if names is None else names
+        if not names:
             return
         for chunk in range(0, len(pages), _SUMMARIZE_PAGES):
             which, mask = pages[chunk : chunk + _SUMMARIZE_PAGES], valid[chunk : chunk + _SUMMARIZE_PAGES]
             keys = self.k_pages[which].masked_fill(~mask[:, None, :, None], 0)
             summary = self._cache.selector.summarize(keys, mask, self.index)
-            for name, buffer in self._metadata.items():
+            for name in names:
+                buffer = self._metadata[name]
                 buffer[which] = summary[name].to(buffer.dtype)
 
 
@@ -211,6 +250,8 @@ class PagedKVCache:
         selector: whose metadata is kept beside the keys, and whose state beside the rows.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
+        dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
+            table, and keep K and V alone. In `layers` they come last.
     """
 
     def __init__(
@@ -222,21 +263,30 @@ class PagedKVCache:
         selector: Selector | None = None,
         growable: bool = False,
         max_pages: int | None = None,
+        dense_layers: Sequence[int] = (),
     ) -> None:
+        twice = sorted(set(dense_layers) & set(geometry.layer_ids))
+        if twice:
+            raise ValueError(f"dense_layers: layers {twice} are among the geometry's layer_ids already")
         self.geometry = geometry
         self.selector = selector if selector is not None else Selector()
         self.selector.prepare(geometry)
         self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
         self.state_specs: tuple[StateSpec, ...] = self.selector.state(geometry)
+        # One launch keeps one rule; what else there is, the selector summarises.
+        rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
+        self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
+        self._summarized = tuple(spec.name for spec in self.specs if spec.rule != rule)
         self.table = PageTable(num_pages, geometry.page_size, num_rows)
         self._growable = growable
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)
         self._step = 0
         self._pending: list[int] = []
-        self._touched = (torch.empty(0), torch.empty(0))
+        self._pages_touched: tuple[torch.Tensor, torch.Tensor] | None = None
         self.new_tokens = torch.zeros(num_rows, dtype=torch.int32, device=geometry.device)
         self.scratch: dict[str, Any] = {}
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
+        self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
 
     @property
@@ -348,11 +398,20 @@ class PagedKVCache:
         for each in self.layers:
             each._state.commit()
         self.scratch = {}
-        self.new_tokens = torch.tensor(counts, dtype=torch.int32, device=self.geometry.device)
         self._step += 1
         self._pending = counts
         self._upload()
-        self._touched = self._pages_of_last(counts)
+        # Once a step, not in every layer: each is a copy to the device.
+        self.new_tokens = torch.tensor(counts, dtype=torch.int32).to(self.geometry.device)
+        self._pages_touched = None
+
+    def _budget(self, policy: UniformBudget) -> Budget:
+        if policy not in self._budgets:
+            g = self.geometry
+            self._budgets[policy] = policy.resolve(
+                self.seq_lens, g.num_kv_heads, max_seq_len=self.max_seq_len, page_size=g.page_size
+            )
+        return self._budgets[policy]
 
     def _summarize_last_page(self, row: int, layers: Sequence[LayerCache]) -> None:
         """Make the metadata of a shortened row's last page speak of what is left in it."""
@@ -396,8 +455,13 @@ class PagedKVCache:
         for layer in self.layers:
             layer._copy(source, target)
 
+    def _touched(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages that this step's tokens lie in, `[n]`, and which of their slots are filled, `[n, P]`."""
+        if self._pages_touched is None:
+            self._pages_touched = self._pages_of_last(self._pending)
+        return self._pages_touched
+
     def _pages_of_last(self, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages that hold each row's last tokens, `[n]`, and which of their slots are filled, `[n, P]`."""
         size = self.geometry.page_size
         pages: list[int] = []
         filled: list[int] = []
@@ -415,3 +479,4 @@ class PagedKVCache:
         padded = [row + [0] * (width - len(row)) for row in self.table.rows]
         self.page_table = torch.tensor(padded, dtype=torch.int32).to(self.geometry.device)
         self.seq_lens = torch.tensor(self.table.lengths, dtype=torch.int32).to(self.geometry.device)
+        self._budgets: dict[UniformBudget, Budget] = {}

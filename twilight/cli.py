@@ -171,6 +171,12 @@ def _calibrate(words: list[str]) -> int:
     return calibration.main(words)
 
 
+def _bench(words: list[str]) -> int:
+    from twilight import resources
+
+    return int(resources.subpackage("benchmarks").main(words))
+
+
 def _version(words: list[str]) -> int:
     from twilight import __version__
 
@@ -188,6 +194,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "plugins": _plugins,
     "doctor": _doctor,
     "calibrate": _calibrate,
+    "bench": _bench,
     "version": _version,
     "help": _help,
 }
@@ -197,6 +204,7 @@ _ABOUT = {
     "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
+    "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
     "version": "print the version",
     "help": "print this",
 }

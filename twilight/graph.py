@@ -16,11 +16,10 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from twilight import ops
 from twilight.budget import Budget, UniformBudget
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.checks import check_positive, check_tensor
-from twilight.pages import NULL_PAGE
+from twilight.ops.append import touched_pages
 
 Output = TypeVar("Output")
 
@@ -90,23 +89,10 @@ class StaticLayer:
             static._begin(new_tokens)
         self._step = static._step
         added = static._added
-        bounds = [layer.metadata(name) for name in getattr(layer._cache.selector, "append_bounds", ())]
-        ops.append(
-            k, v, layer.k_pages, layer.v_pages, layer.shadow, self.page_table, self.seq_lens, added,
-            bounds=bounds,
-        )  # fmt: skip
-        if layer._metadata and not bounds:
-            self._summarize(k.shape[1], added)
-
-    def _summarize(self, steps: int, added: torch.Tensor) -> None:
-        """Bring the metadata of the touched pages up to date; what a row has not touched goes to the page of nobody."""
-        size, lens, table = self._layer.geometry.page_size, self.seq_lens.long(), self.page_table
-        first = (lens - added) // size
-        logical = first[:, None] + torch.arange(steps // size + 2, device=lens.device)
-        touched = (logical * size < lens[:, None]) & (added > 0)[:, None]
-        pages = table.long().gather(1, logical.clamp(max=table.shape[1] - 1)).masked_fill(~touched, NULL_PAGE)
-        filled = (logical * size).unsqueeze(-1) + torch.arange(size, device=lens.device) < lens[:, None, None]
-        self._layer._summarize(pages.flatten(), (filled | ~touched.unsqueeze(-1)).flatten(0, 1))
+        layer._write(k, v, self.page_table, self.seq_lens, added)
+        if layer._summarized:
+            pages, filled = touched_pages(self.page_table, self.seq_lens, added, k.shape[1], geometry.page_size)
+            layer._summarize(pages, filled, layer._summarized)
 
 
 class StaticCache:
@@ -117,19 +103,24 @@ class StaticCache:
     Args:
         cache: what to continue.
         max_seq_len: how long a row may become.
+        max_new_tokens: how many tokens a row may gain, where short rows should not be given the pages of long ones.
 
     Raises:
         OutOfPagesError: no room for that many pages; nothing has changed.
     """
 
-    def __init__(self, cache: PagedKVCache, max_seq_len: int) -> None:
+    def __init__(self, cache: PagedKVCache, max_seq_len: int, max_new_tokens: int | None = None) -> None:
         table = cache.table
         check_positive("max_seq_len", max_seq_len)
         self.lengths = list(table.lengths)
         """Tokens of each row, known on the host."""
         if max(self.lengths) > max_seq_len:
             raise ValueError(f"max_seq_len: expected at least {max(self.lengths)}, the longest row, got {max_seq_len}")
-        room = [max_seq_len - length for length in self.lengths]
+        most = max_seq_len if max_new_tokens is None else check_positive("max_new_tokens", max_new_tokens)
+        cache._check_between_steps("pages are reserved")
+        room = [min(max_seq_len - length, most) for length in self.lengths]
+        self.limits = [length + new for length, new in zip(self.lengths, room, strict=True)]
+        """Tokens that each row has pages for."""
         if cache._growable:
             cache._grow(table.pages_needed(room) - table.num_free)
         cache._copy_pages(table.extend(room))
@@ -149,6 +140,11 @@ class StaticCache:
         self._step = 0
         self._budgets: dict[UniformBudget, Budget] = {}
 
+    @property
+    def active(self) -> list[int]:
+        """The rows that a step appends to."""
+        return [row for row, on in enumerate(self._active) if on]
+
     def set_active(self, rows: Sequence[int]) -> None:
         """Say which rows a step appends to; by default those that held tokens at first. Not during a capture."""
         self._active = [row in set(rows) for row in range(len(self.lengths))]
@@ -157,7 +153,7 @@ class StaticCache:
     def free(self, row: int) -> None:
         """Forget a row's tokens; its pages stay reserved for whoever takes its place."""
         self.lengths[row] = 0
-        self.set_active([i for i, active in enumerate(self._active) if active and i != row])
+        self.set_active([other for other in self.active if other != row])
         self.seq_lens[row] = 0
         for layer in self._cache.layers:
             layer._state.free(row)
@@ -170,11 +166,9 @@ class StaticCache:
         return self._cache
 
     def _check_room(self, added: Sequence[int]) -> None:
-        for row, (length, new) in enumerate(zip(self.lengths, added, strict=True)):
-            if length + new > self.max_seq_len:
-                raise ValueError(
-                    f"row {row} holds {length} of max_seq_len={self.max_seq_len} tokens: no room for {new}"
-                )
+        for row, (length, limit, new) in enumerate(zip(self.lengths, self.limits, added, strict=True)):
+            if length + new > limit:
+                raise ValueError(f"row {row} holds {length} of the {limit} tokens that it may: no room for {new}")
 
     def _advance(self, added: Sequence[int]) -> None:
         self._check_room(added)
@@ -194,8 +188,9 @@ class StaticCache:
 
     def _budget(self, policy: UniformBudget) -> Budget:
         if policy not in self._budgets:
+            g = self.geometry
             self._budgets[policy] = policy.resolve(
-                self.seq_lens, self.geometry.num_kv_heads, max_seq_len=self.max_seq_len
+                self.seq_lens, g.num_kv_heads, max_seq_len=self.max_seq_len, page_size=g.page_size
             )
         return self._budgets[policy]
 
@@ -209,7 +204,7 @@ class DecodeGraph(Generic[Output]):
     Args:
         static: the cache that the step appends to and reads.
         step: does one step, from inputs that lie in tensors of its own to an output that it returns. It must append in
-            every layer. It is called a few times before the capture, with no row active, to compile what it needs.
+            every layer. It is called once before the capture, with no row active, to compile what it needs.
 
     Attributes:
         output: what `step` returned; its tensors hold the result of the latest replay.
@@ -218,18 +213,20 @@ class DecodeGraph(Generic[Output]):
     def __init__(self, static: StaticCache, step: Callable[[], Output]) -> None:
         self._static = static
         self._graph = torch.cuda.CUDAGraph()
-        active = [row for row, on in enumerate(static._active) if on]
+        active = static.active
         stream = torch.cuda.Stream(static.geometry.device)
         stream.wait_stream(torch.cuda.current_stream(static.geometry.device))
         with torch.cuda.stream(stream):
             static.set_active([])
-            for _ in range(2):
+            try:
                 step()
-            static.set_active(active)
+            finally:
+                static.set_active(active)
         torch.cuda.current_stream(static.geometry.device).wait_stream(stream)
         torch.cuda.synchronize(static.geometry.device)
         with torch.cuda.graph(self._graph):
             self.output = step()
+        static._budgets = {}  # those of the capture are the graph's own
 
     def replay(self) -> Output:
         """Do a step. One token is appended to every active row.

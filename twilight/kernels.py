@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 
+from twilight import clusters
 from twilight.errors import missing_extra
 from twilight.resources import folder
 
@@ -64,7 +65,13 @@ class Kernel:
         self._stream = _raw_stream()
 
     def launch(
-        self, grid: tuple[int, int, int], block: tuple[int, int, int], params: ctypes.Structure, smem: int = 0
+        self,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        params: ctypes.Structure,
+        smem: int = 0,
+        *,
+        cluster: int = 1,
     ) -> None:
         """Launch on torch's current stream of the kernel's device.
 
@@ -73,12 +80,17 @@ class Kernel:
             block: threads of a block.
             params: passed by value; copied before this returns.
             smem: bytes of dynamic shared memory.
+            cluster: blocks of a cluster along x, divides the grid; compute capability 9.0.
         """
         if 0 in grid:
             return
         device = self._device
         # A pointer of this call's own: two threads may launch the same kernel.
         pointer = ctypes.c_void_p(ctypes.addressof(params))
+        if cluster > 1:
+            with torch.cuda.device(device):
+                clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
+            return
         if torch.cuda.current_device() != device:
             with torch.cuda.device(device):
                 self._driver_launch(
@@ -139,6 +151,7 @@ def load(
     expression: str,
     *,
     max_dynamic_smem: int = 0,
+    max_cluster: int = 8,
     structs: Sequence[type[ctypes.Structure]] | None = None,
     source_folder: Path | None = None,
     device: torch.device | int | None = None,
@@ -149,6 +162,7 @@ def load(
         stem: the file `<stem>.cu`.
         expression: the instantiation, such as ``"spgemv<half, 128, 16>"``.
         max_dynamic_smem: bytes of dynamic shared memory that a launch may ask for; above 48 KiB a kernel must be told.
+        max_cluster: blocks of a cluster that a launch may ask for; above 8 a kernel must be told.
         structs: mirrors of the file's parameter structs; by default `STRUCTS` of `twilight.ops.<stem>`.
         source_folder: where the file lies, `raw_kernels` by default. Headers of `raw_kernels` are found from anywhere.
         device: torch's current CUDA device by default.
@@ -168,7 +182,7 @@ def load(
     with _lock:
         if key not in _loaded:
             with torch.cuda.device(index):
-                _loaded[key] = _compile(stem, expression, max_dynamic_smem, structs, source_folder, index)
+                _loaded[key] = _compile(stem, expression, max_dynamic_smem, max_cluster, structs, source_folder, index)
         return _loaded[key]
 
 
@@ -176,6 +190,7 @@ def _compile(
     stem: str,
     expression: str,
     max_dynamic_smem: int,
+    max_cluster: int,
     structs: Sequence[type[ctypes.Structure]] | None,
     source_folder: Path | None,
     index: int,
@@ -192,6 +207,8 @@ def _compile(
         function = module.get_function(expression)
         if max_dynamic_smem > 48 * 1024:
             function.max_dynamic_shared_size_bytes = max_dynamic_smem
+        if max_cluster > 8 and _capability(index) >= (9, 0):
+            clusters.allow_large(function.kernel.ptr)
         return Kernel(expression, function.kernel.ptr, index, (module, function, function.kernel))
 
 

@@ -25,12 +25,20 @@ class MetadataSpec:
         dtype: its type.
         per: what an entry summarises: ``"page"`` is stored `[pages, Hkv, *shape]`, ``"token"`` is stored
             `[pages, Hkv, P, *shape]`.
+        rule: how it is kept up to date as tokens come. ``"summarize"``: by `Selector.summarize`, for every page that an
+            append has touched. The others say that `summarize` computes something that the append kernel knows, and
+            writes in the same launch as the keys: ``"bounds"`` is `ops.page_bounds`, ``"mean"`` `ops.page_means`,
+            ``"label"`` `ops.key_labels` of the channels that `Selector.label_channels` names. Specs of one rule, in
+            this order, are the tensors that its function returns. `summarize` must return the same to the last bit: it
+            is called where a page changes otherwise, as when a sequence is cut short. A cache lets append keep one
+            rule, the first; specs of another are summarised.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     per: Literal["page", "token"] = "page"
+    rule: Literal["summarize", "bounds", "mean", "label"] = "summarize"
 
     def bytes_per_token(self, page_size: int) -> float:
         """Return the bytes of one token of one kv head."""
@@ -102,7 +110,9 @@ class Selector:
         return ()
 
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        """Compute the metadata of some pages from their keys. Called for every page that an append has touched.
+        """Compute the metadata of some pages from their keys.
+
+        Called for every page that an append has touched, unless append keeps them itself; see `MetadataSpec.rule`.
 
         A function of the page's keys alone: appending one by one and all at once then agree, and so do a page and its
         copy.
@@ -116,6 +126,17 @@ class Selector:
             For every spec of `metadata`, `[n, Hkv, *shape]` (per page) or `[n, Hkv, P, *shape]` (per token).
         """
         return {}
+
+    def label_channels(self, layer: int) -> torch.Tensor:
+        """Return the channels of a key that make up its label, for metadata whose rule is ``"label"``.
+
+        Args:
+            layer: the model's number of the layer.
+
+        Returns:
+            `[Hkv, r]` int32, on the device of the geometry that `prepare` was given.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.label_channels")
 
     def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
         """Return the tensors to be kept for each row; none by default. Written with `layer.update_state`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,32 @@ class Stats:
     def clear(self) -> None:
         """Forget all records."""
         self.records.clear()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[list[Record]]:
+        """Collect what is recorded meanwhile in a list of its own, for `keep`."""
+        before, self.records = self.records, []
+        try:
+            yield self.records
+        finally:
+            self.records = before
+
+    def keep(self, records: Sequence[Record]) -> None:
+        """Add copies of records whose tensors the next step will overwrite, as a captured step's are.
+
+        A launch or two for all of them.
+        """
+        names = ("seq_lens", "b0", "b1_query", "b1_group", "mass")
+        tensors = [getattr(record, name) for record in records for name in names]
+        copies: list[torch.Tensor] = [*tensors]
+        for dtype in {tensor.dtype for tensor in tensors}:
+            where = [i for i, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            flat = torch.cat([tensors[i].reshape(-1) for i in where]).split([tensors[i].numel() for i in where])
+            for i, copied in zip(where, flat, strict=True):
+                copies[i] = copied.view(tensors[i].shape)
+        for i, record in enumerate(records):
+            fields: dict[str, Any] = dict(zip(names, copies[i * len(names) :], strict=False))
+            self.records.append(replace(record, **fields))
 
     def sparse(
         self, layer: LayerCache, selector: Selector, candidates: Selection, kept: Pruned, *, estimated: bool

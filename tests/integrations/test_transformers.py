@@ -439,6 +439,59 @@ def test_a_model_with_a_scale_of_its_own_keeps_its_mass_and_its_logits(multiplie
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_the_frequencies_of_the_rotation_are_found(model):
+    with twilight.attach(model, Everything()) as handle:
+        dim = handle._geometry.head_dim
+        wanted = [10000 ** (-2 * c / dim) for c in range(dim // 2)]
+        assert list(handle._geometry.inv_freq) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "found"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, True),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, True),
+        ({"rope_type": "dynamic", "factor": 4.0}, False),
+    ],
+)
+def test_frequencies_that_are_scaled(scaling, found):
+    theta = {"rope_theta": 10000.0}
+    key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
+    model = make("llama", **{key: {**scaling, **theta}})
+    with twilight.attach(model, Everything()) as handle:
+        inv_freq = handle._geometry.inv_freq
+    assert bool(inv_freq) == found
+    if found:
+        assert list(inv_freq) == pytest.approx(model.model.rotary_emb.inv_freq.tolist())
+        assert inv_freq[-1] != pytest.approx(10000 ** (-14 / 16), rel=1e-3)
+
+
+def test_a_model_that_pairs_its_channels_otherwise_is_not_said_to_be_known():
+    torch.manual_seed(0)
+    config = transformers.CohereConfig(**SMALL, num_key_value_heads=2)
+    with twilight.attach(AutoModelForCausalLM.from_config(config).eval(), Everything()) as handle:
+        assert handle._geometry.inv_freq == ()
+
+
+def test_streaming_llm_reindexed_decodes_as_if_the_text_were_sinks_and_window():
+    from twilight_selectors.streaming_llm import StreamingLLM
+
+    # One layer: its keys and values are functions of token and position, whatever was attended to.
+    model = make("llama", num_hidden_layers=1)
+    ids, _ = prompt(rows=1)
+    same = []
+    with torch.inference_mode():
+        wanted = model(torch.cat([ids[:, :4], ids[:, -8:]], dim=1)).logits[:, -1]
+        for reindex in (True, False):
+            selector = StreamingLLM(4, reindex=reindex)
+            with twilight.attach(model, selector, p=1.0, budget=12, dense_layers=0) as handle:
+                cache = handle.cache()
+                model(ids[:, :-1], past_key_values=cache)
+                got = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+            same.append(torch.allclose(got, wanted, rtol=1e-4, atol=1e-4))
+    assert same == [True, False]
+
+
 def test_a_model_that_is_let_go_is_freed():
     model = make("llama")
     handle = twilight.attach(model, Everything())

@@ -26,14 +26,23 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", KEYS)
-def test_codes_scale_and_zero_are_those_of_the_definition(name: str, dtype: torch.dtype) -> None:
+def test_codes_scale_and_zero_are_those_of_the_definition(name: str, dtype: torch.dtype, bits: int) -> None:
     keys = KEYS[name].to(dtype)
-    packed, params = ops.quantize(keys)
+    packed, params = ops.quantize(keys, bits)
     assert packed.dtype == torch.uint8 and params.dtype == torch.float16
-    for key, code, (scale, zero) in zip(keys.float().numpy(), unpack(packed).tolist(), params.tolist(), strict=True):
-        assert (code, scale, zero) == oracles.quantize(key)
+    codes = unpack(packed, bits)
+    for key, code, stored, (scale, zero) in zip(
+        keys.float().numpy(), codes.tolist(), packed.tolist(), params.tolist(), strict=True
+    ):
+        want = oracles.quantize(key, bits)
+        assert (code, scale, zero) == want
+        assert bytes(stored) == oracles.pack(want[0], bits)
+    read = oracles.array(ops.dequantize(packed, params, bits))
+    for key, values in zip(keys.float().numpy(), read, strict=True):
+        np.testing.assert_allclose(values, oracles.dequantize(key, bits), rtol=1e-6, atol=1e-6)
 
 
 def test_worked_example() -> None:
@@ -76,6 +85,13 @@ def test_every_byte_packs_and_unpacks() -> None:
     assert torch.equal(unpack(packed).long(), keys)
 
 
+def test_two_bits_by_hand() -> None:
+    packed, params = ops.quantize(torch.tensor([0.0, 1, 2, 3, 3, 2, 1, 0]), bits=2)
+    # Byte 0 holds channels 0, 2, 4, 6: 0 + 2 * 4 + 3 * 16 + 1 * 64; byte 1 channels 1, 3, 5, 7.
+    assert packed.tolist() == [8 + 48 + 64, 1 + 12 + 32 + 0]
+    assert params.tolist() == [1.0, 0.0]
+
+
 def test_shadow_layout_byte_by_byte() -> None:
     page_size, dim = 16, 128
     keys = torch.randn(1, 19, 2, dim)
@@ -114,5 +130,10 @@ def test_nan_key_reads_back_as_nan_and_touches_no_other() -> None:
 def test_refuses_what_it_cannot_pack() -> None:
     with pytest.raises(ValueError, match="k: expected an even head_dim, got 7"):
         ops.quantize(torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="k: expected a head_dim that is a multiple of 4, got 6"):
+        ops.quantize(torch.zeros(2, 6), bits=2)
+    for call in (lambda: ops.quantize(torch.zeros(2, 8), 3), lambda: ops.dequantize(*ops.quantize(torch.zeros(8)), 3)):
+        with pytest.raises(ValueError, match="bits: expected 2, 4 or 8, got 3"):
+            call()
     with pytest.raises(TypeError, match="k: expected dtype .*float16.* got int32"):
         ops.quantize(torch.zeros(2, 8, dtype=torch.int32))

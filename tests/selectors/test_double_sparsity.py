@@ -48,12 +48,12 @@ def test_worked_example(tmp_path: Path, label_bits: int) -> None:
         assert lists(selector.select(QUERY[None, None], cache.layers[0], budget)) == [[expected]]
 
 
-@pytest.mark.parametrize("label_bits", [4, 16])
+@pytest.mark.parametrize(("label_bits", "channels"), [(2, 8), (4, 6), (16, 6)])
 @pytest.mark.parametrize("group", [1, 3])
 def test_selects_the_tokens_whose_labels_score_highest(
-    tmp_path: Path, orders: list[list[int]], label_bits: int, group: int
+    tmp_path: Path, orders: list[list[int]], label_bits: int, channels: int, group: int
 ) -> None:
-    lengths, count, channels = [41, 9, 1, 0], 7, 6
+    lengths, count = [41, 9, 1, 0], 7
     path = _write(tmp_path / "c.json", {4: orders, 9: orders[::-1]})
     geometry = Geometry(2, 2 * group, 2, 16, 4, torch.float32, layer_ids=(4, 9))
     selector = DoubleSparsity(path, channels, label_bits)
@@ -68,13 +68,13 @@ def test_selects_the_tokens_whose_labels_score_highest(
                 total = np.zeros(length)
                 for query in range(head * group, (head + 1) * group) if length else ():
                     labels = [keys[place][row, token, head, mine].numpy() for token in range(length)]
-                    read = [oracles.dequantize(label) if label_bits == 4 else label for label in labels]
+                    read = [label if label_bits == 16 else oracles.dequantize(label, label_bits) for label in labels]
                     total += oracles.softmax(np.array(read) @ oracles.array(q[row, query, mine]) / 4)
                 best = sorted(range(length), key=lambda token: -total[token])[:count]
                 assert chosen[row][head] == sorted(best)
 
 
-@pytest.mark.parametrize("label_bits", [4, 16])
+@pytest.mark.parametrize("label_bits", [2, 4, 16])
 def test_labels_one_by_one_equal_at_once(tmp_path: Path, orders: list[list[int]], label_bits: int) -> None:
     selector = DoubleSparsity(_write(tmp_path / "c.json", {0: orders}), 4, label_bits)
     geometry = Geometry(1, 2, 2, 16, 4)
@@ -91,6 +91,7 @@ def test_bytes_by_hand(tmp_path: Path, orders: list[list[int]]) -> None:
     path = _write(tmp_path / "c.json", {0: orders})
     geometry = Geometry(1, 2, 2, 16)
     assert DoubleSparsity(path, 8, 4).bytes_per_token(geometry) == 4 + 4  # codes, and a pair of halves
+    assert DoubleSparsity(path, 8, 2).bytes_per_token(geometry) == 2 + 4
     assert DoubleSparsity(path, 8, 16).bytes_per_token(geometry) == 16
 
 
@@ -108,7 +109,9 @@ def test_missing_calibration_says_how_to_make_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_bits": 8}, "label_bits: expected 4 or 16, got 8"),
+        ({"label_bits": 8}, "label_bits: expected 2, 4 or 16, got 8"),
+        ({"label_bits": 2, "channels": 6}, "channels: expected a multiple of 4 in 2 bits, got 6"),
+        ({"label_bits": 2, "channels": 0}, "channels: expected a multiple of 4 in 2 bits, got 0"),
         ({"channels": 3}, "channels: expected an even number of at least 2, got 3"),
         ({"channels": 0}, "channels: expected an even number of at least 2, got 0"),
         ({"channels": 18}, "channels: expected at most head_dim=16, got 18"),

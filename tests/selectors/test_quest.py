@@ -66,7 +66,7 @@ def test_bound_is_above_every_dot_and_reached_by_corners(dtype: torch.dtype, sig
     cache, keys, _ = fill(Geometry(1, 6, 2, 16, 4, dtype), lengths, Quest(metadata_type=kind))
     layer = cache.layers[0]
     q = sign * torch.randn(3, 6, 16).to(dtype)
-    names = ["bounds"] if kind == "int8" else ["max", "min"]
+    names = ["bounds", "bounds_params"] if kind == "int8" else ["max", "min"]
     bounds = [layer.metadata(name) for name in names]
     bound = ops.page_scores(q, bounds, layer.page_table, layer.seq_lens, page_size=4)
     assert bound.dtype == torch.float32
@@ -180,8 +180,9 @@ def test_int8_metadata_one_by_one_equals_at_once() -> None:
     caches[0].layers[0].append(keys, keys, [10, 6])
     for step in range(10):
         caches[1].layers[0].append(keys[:, step : step + 1], keys[:, step : step + 1], [1, int(step < 6)])
-    first, second = (cache.layers[0].metadata("bounds")[cache.layers[0].page_table.long()] for cache in caches)
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1, :2], second[1, :2])
+    for name in ("bounds", "bounds_params"):
+        first, second = (cache.layers[0].metadata(name)[cache.layers[0].page_table.long()] for cache in caches)
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1, :2], second[1, :2])
 
 
 def test_reads_two_vectors_a_page() -> None:

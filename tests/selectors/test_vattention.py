@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from twilight import (
 )
 from twilight.config import build_selector
 from twilight.errors import UnknownNameError
+from twilight_selectors.double_sparsity import DoubleSparsity
 from twilight_selectors.streaming_llm import StreamingLLM
 from twilight_selectors.vattention import VAttention
 
@@ -218,6 +221,26 @@ def test_other_bases(base: str) -> None:
     else:
         assert selection.lengths.tolist() == [[30, 30], [20, 20]]
         assert selection.capacity < 90
+
+
+def test_labels_are_those_of_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "double_sparsity.json"
+    path.write_text(json.dumps({"layers": {"0": [[5, 2, 9, 14], [1, 0, 3, 7]]}}))
+    options = {"calibration": str(path), "channels": 4}
+    geometry = Geometry(1, 2, 2, 16, 4, torch.float32)
+    selector = VAttention("double_sparsity", options, sinks=1, local=1)
+    cache, keys, _ = fill(geometry, [60], selector)
+    base = DoubleSparsity(**options)
+    plain = PagedKVCache(geometry, num_rows=1, num_pages=16, selector=base)
+    plain.layers[0].append(keys[0], keys[0])
+    q = torch.randn(1, 2, 16)
+    # Of 40 tokens 2 are the ends; half of the others is the base's, in whole pages of 4: 16.
+    best = lists(base.select(q, plain.layers[0], Budget(torch.full((1, 2), 16, dtype=torch.int32), 16)))
+    selection = selector.select(q, cache.layers[0], cache.layers[0].budget(UniformBudget(40)))
+    for head in range(2):
+        weights = selection.log_weight[0, head, : int(selection.lengths[0, head])]
+        sure = {t for t, w in zip(lists(selection)[0][head], weights.tolist(), strict=True) if w == 0}
+        assert sure == {0, 59, *best[0][head]}
 
 
 def test_the_base_sees_prompts_and_what_was_attended_to(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from twilight.calibration import default_calibration
 from twilight.checks import check_p, check_positive
 from twilight.geometry import Geometry
 from twilight.integrations.transformers_cache import TwilightCache, TwilightLayer
+from twilight.integrations.transformers_rotary import rotary_frequencies
 from twilight.ops.dense_attention import gather_dense
 from twilight.pruner import Pruner, TopP
 from twilight.registry import create_selector
@@ -285,6 +286,7 @@ def attach(
         device=model.device,
         scaling=modules[0].scaling,
         layer_ids=sparse or (0,),
+        inv_freq=rotary_frequencies(model, modules),
     )
     if not sparse:
         raise UnsupportedModelError(

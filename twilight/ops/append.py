@@ -1,22 +1,25 @@
-"""Append: write new tokens' K, V and 4-bit keys into their pages, and the bounds of the pages they touch."""
+"""Append: write new tokens' K, V and 4-bit keys into their pages, and bring a summary of the keys up to date."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from twilight import kernels
-from twilight.ops.page_scores import bounds_bytes, quantize_bounds
 from twilight.ops.paging import locate
 from twilight.ops.quantize import quantize, split_shadow
+from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
 from twilight.pages import NULL_PAGE
 
 _DIMS = (64, 128, 256)
 _HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
 _WARPS = 4
+_RULES = (
+    None, ("bounds", None), ("bounds", 8), ("mean", None), ("mean", 8), ("label", None), ("label", 2), ("label", 4)
+)  # fmt: skip
+"""Rule and bits, in the order of the kernel's enum."""
 
 
 class AppendParams(ctypes.Structure):
@@ -24,17 +27,20 @@ class AppendParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "k", "v", "k_pages", "v_pages", "shadow", "page_table", "seq_lens", "new_tokens", "high", "low"
+            "k", "v", "k_pages", "v_pages", "shadow", "page_table", "seq_lens", "new_tokens", "first", "second",
+            "channels",
         )),
         ("k_strides", ctypes.c_longlong * 3),
         ("v_strides", ctypes.c_longlong * 3),
-        *((name, ctypes.c_int) for name in ("batch", "kv_heads", "max_pages", "page_size", "pages_per_row")),
+        *((name, ctypes.c_int) for name in (
+            "batch", "kv_heads", "max_pages", "page_size", "pages_per_row", "label_channels",
+        )),
     ]  # fmt: skip
 
 
 STRUCTS = (AppendParams,)
 INSTANTIATIONS = tuple(
-    f"append<{kind}, {dim}, {bounds}>" for kind in _HALVES.values() for dim in _DIMS for bounds in (0, 1, 2)
+    f"append<{kind}, {dim}, {rule}>" for kind in _HALVES.values() for dim in _DIMS for rule in range(len(_RULES))
 )
 
 
@@ -48,7 +54,7 @@ def append(
     seq_lens: torch.Tensor,
     new_tokens: torch.Tensor,
     *,
-    bounds: Sequence[torch.Tensor] = (),
+    summary: Summary | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> None:
     """Write the last `new_tokens` tokens of each sequence, in place.
@@ -58,19 +64,20 @@ def append(
     Args:
         k, v: `[b, n, Hkv, d]`; of row i the first `new_tokens[i]` tokens count.
         k_pages, v_pages: `[pages, Hkv, P, d]`, of the same type.
-        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, see `twilight.ops.quantize`.
+        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, see `twilight.ops.quantize`; `[pages, Hkv, 0]` to keep no 4-bit keys.
         page_table: `[b, max_pages]` int32, the pages of the new tokens in it.
         seq_lens: `[b]` int32, the new tokens counted.
         new_tokens: `[b]` int32.
-        bounds: channel-wise bounds of each page's keys, to be brought up to date: `(page_max, page_min)` or
-            `(records,)`, see `twilight.ops.page_scores`; none by default.
+        summary: metadata to be brought up to date, of the touched pages or of the new tokens; none by default.
         backend: which implementation. The kernel takes half and bfloat16, and d of 64, 128 or 256.
     """
     tensors = (k, v, k_pages, v_pages, shadow, page_table, seq_lens, new_tokens)
-    if kernels.use_kernel(backend, k.device, _unsupported(k, k_pages, v_pages, shadow, bounds)):
-        _cuda(*tensors, bounds)
+    if summary is not None:
+        summary.check(k_pages)
+    if kernels.use_kernel(backend, k.device, _unsupported(k, k_pages, v_pages, shadow, summary)):
+        _cuda(*tensors, summary)
     else:
-        _torch(*tensors, bounds)
+        _torch(*tensors, summary)
 
 
 def _torch(
@@ -82,7 +89,7 @@ def _torch(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     new_tokens: torch.Tensor,
-    bounds: Sequence[torch.Tensor],
+    summary: Summary | None,
 ) -> None:
     page_size = k_pages.shape[2]
     steps = torch.arange(k.shape[1], device=k.device)
@@ -96,38 +103,47 @@ def _torch(
     v = v.masked_fill(~real[..., None, None], 0)
     k_pages[pages, :, slots] = k
     v_pages[pages, :, slots] = v
-    codes, params = quantize(k)
-    stored_codes, stored_params = split_shadow(shadow, page_size)
-    stored_codes[pages, :, slots] = codes
-    stored_params[pages, :, slots] = params
-    if bounds and k.shape[1]:
-        _update_bounds(k_pages, page_table, seq_lens, counts, real, bounds)
+    if shadow.shape[-1]:
+        codes, params = quantize(k)
+        stored_codes, stored_params = split_shadow(shadow, page_size)
+        stored_codes[pages, :, slots] = codes
+        stored_params[pages, :, slots] = params
+    if summary is None or not k.shape[1]:
+        return
+    if summary.rule == "label":
+        assert summary.channels is not None
+        found = key_labels(k.transpose(1, 2), summary.channels, summary.bits)
+        for tensor, part in zip(summary.tensors, found, strict=True):
+            tensor[pages, :, slots] = part.transpose(1, 2)
+        return
+    touched, filled = touched_pages(page_table, seq_lens, new_tokens, k.shape[1], page_size)
+    found = (page_bounds if summary.rule == "bounds" else page_means)(k_pages[touched], filled, summary.bits)
+    for tensor, part in zip(summary.tensors, found, strict=True):
+        tensor[touched] = part
 
 
-def _update_bounds(
-    k_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    counts: torch.Tensor,
-    real: torch.Tensor,
-    bounds: Sequence[torch.Tensor],
-) -> None:
-    page_size = k_pages.shape[2]
-    first = (seq_lens.long()[:, None] - counts) // page_size
-    logical = first + torch.arange(real.shape[1] // page_size + 2, device=real.device)
+def touched_pages(
+    page_table: torch.Tensor, seq_lens: torch.Tensor, new_tokens: torch.Tensor, steps: int, page_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pages that the last `new_tokens` tokens of each sequence lie in, without asking the device.
+
+    Args:
+        page_table: `[b, max_pages]` int32.
+        seq_lens, new_tokens: `[b]` int32.
+        steps: an upper bound of `new_tokens`.
+        page_size: P.
+
+    Returns:
+        `(pages, filled)`: `[n]` int64 and `[n, P]` bool, which of their slots hold a token. Where a sequence touches
+        fewer pages than others there stands the page that nobody owns, as if full.
+    """
+    lens, counts = seq_lens.long()[:, None], new_tokens.long()[:, None]
+    logical = (lens - counts) // page_size + torch.arange(steps // page_size + 2, device=lens.device)
     start = logical * page_size
-    touched = (start < seq_lens[:, None]) & (counts > 0)
+    touched = (start < lens) & (counts > 0)
     pages = page_table.long().gather(1, logical.clamp(0, page_table.shape[1] - 1)).masked_fill(~touched, NULL_PAGE)
-    filled = start.unsqueeze(-1) + torch.arange(page_size, device=real.device) < seq_lens[:, None, None]
-    # The null page is given zeros for bounds: it has no keys.
-    keys = k_pages[pages].masked_fill(~touched[:, :, None, None, None], 0)
-    filled = (filled | ~touched.unsqueeze(-1))[:, :, None, :, None]
-    page_max = keys.masked_fill(~filled, -torch.inf).amax(3)
-    page_min = keys.masked_fill(~filled, torch.inf).amin(3)
-    if len(bounds) == 1:
-        bounds[0][pages] = quantize_bounds(page_max, page_min)
-    else:
-        bounds[0][pages], bounds[1][pages] = page_max, page_min
+    filled = start.unsqueeze(-1) + torch.arange(page_size, device=lens.device) < lens.unsqueeze(-1)
+    return pages.flatten(), (filled | ~touched.unsqueeze(-1)).flatten(0, 1)
 
 
 def _unsupported(
@@ -135,7 +151,7 @@ def _unsupported(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     shadow: torch.Tensor,
-    bounds: Sequence[torch.Tensor],
+    summary: Summary | None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
     if k.dtype not in _HALVES or k_pages.dtype != k.dtype:
@@ -144,12 +160,8 @@ def _unsupported(
         return f"head_dim is {k.shape[-1]}; the kernel is made for {', '.join(map(str, _DIMS))}"
     if k_pages.shape[2] % 4:
         return f"page_size is {k_pages.shape[2]}; the kernel needs a multiple of 4"
-    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *bounds)):
-        return "pages, shadow or bounds are not contiguous"
-    if len(bounds) == 1 and bounds[0].shape[-1] != bounds_bytes(k.shape[-1]):
-        return f"records have {bounds[0].shape[-1]} bytes"
-    if len(bounds) == 2 and bounds[0].dtype != k.dtype:
-        return f"bounds are {bounds[0].dtype}, keys {k.dtype}"
+    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *(summary.tensors if summary else ()))):
+        return "pages, shadow or the summary are not contiguous"
     return None
 
 
@@ -162,7 +174,7 @@ def _cuda(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     new_tokens: torch.Tensor,
-    bounds: Sequence[torch.Tensor],
+    summary: Summary | None,
 ) -> None:
     b, steps, kv_heads, dim = k.shape
     page_size = k_pages.shape[2]
@@ -170,12 +182,17 @@ def _cuda(
     k, v = (t if t.stride(-1) == 1 and _aligned(t) else t.contiguous() for t in (k, v))
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
-    kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {(0, 2, 1)[len(bounds)]}>", device=k.device)
-    places = [part.data_ptr() for part in bounds] + [None] * (2 - len(bounds))
+    rule = _RULES.index(None if summary is None else (summary.rule, summary.bits))
+    kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {rule}>", device=k.device)
+    places: list[int | None] = [None, None]
+    if summary is not None:
+        places[: len(summary.tensors)] = (part.data_ptr() for part in summary.tensors)
+    channels = None if summary is None or summary.channels is None else summary.channels.contiguous()
     params = AppendParams(
-        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(), page_table.data_ptr(),
-        seq_lens.data_ptr(), new_tokens.data_ptr(), *places, k.stride()[:3], v.stride()[:3],
-        b, kv_heads, page_table.shape[1], page_size, pages_per_row,
+        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr() or None,
+        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places, None if channels is None else channels.data_ptr(),
+        k.stride()[:3], v.stride()[:3], b, kv_heads, page_table.shape[1], page_size, pages_per_row,
+        0 if channels is None else channels.shape[1],
     )  # fmt: skip
     tasks = b * pages_per_row * kv_heads if steps else 0
     kernel.launch((-(-tasks // _WARPS), 1, 1), (32 * _WARPS, 1, 1), params)

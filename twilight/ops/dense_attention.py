@@ -19,11 +19,17 @@ INSTANTIATIONS = tuple(
 
 
 def gather_dense(pages: torch.Tensor, page_table: torch.Tensor, seq_lens: torch.Tensor, length: int) -> torch.Tensor:
-    """Lay paged rows out side by side: `[b, Hkv, length, d]`, zeros behind each sequence's end."""
+    """Lay paged rows out side by side: `[b, Hkv, length, d]`, zeros behind each sequence's end; the heads of a sequence
+    need not follow each other in memory.
+    """
     num_pages = -(-length // pages.shape[2])
-    rows = pages[page_table[:, :num_pages].long()].transpose(1, 2).flatten(2, 3)[:, :, :length]
-    real = torch.arange(rows.shape[2], device=rows.device) < seq_lens[:, None]
-    return rows.masked_fill(~real[:, None, :, None], 0)
+    # Indexed with the heads in front, so that one copy does it.
+    rows = pages.transpose(0, 1)[:, page_table[:, :num_pages].long()].flatten(2, 3).transpose(0, 1)[:, :, :length]
+    # Where lengths are on the host, what is full is left alone.
+    full = int(seq_lens.min()) if seq_lens.device.type == "cpu" and len(seq_lens) else 0
+    behind = torch.arange(full, rows.shape[2], device=rows.device) >= seq_lens[:, None]
+    rows[:, :, full:].masked_fill_(behind[:, None, :, None], 0)
+    return rows
 
 
 def exact_logits(

@@ -17,6 +17,9 @@ Layout of one (page, kv head), P*d/2 + 4*P contiguous bytes, 1088 at P=16 and d=
 
 Halves rather than neighbours share a byte: masking a 32-bit word with 0x0f0f0f0f then yields the codes of four
 consecutive channels, the order in which an 8-bit query lies in memory, so neither side needs a shuffle.
+
+Metadata of selectors is quantised by the same rule with 2**bits - 1 steps in place of 15: to 2 bits, where byte j holds
+the codes of channels j, j + d/4, j + d/2 and j + 3d/4, lowest bits first, and to 8, a byte a code.
 """
 
 from __future__ import annotations
@@ -33,38 +36,51 @@ def shadow_bytes(page_size: int, head_dim: int) -> int:
     return page_size * head_dim // 2 + 4 * page_size
 
 
-def quantize(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise keys to 4 bits.
+def quantize(k: torch.Tensor, bits: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise keys, to 4 bits if nothing else is said.
 
     Args:
-        k: `[..., d]` of any floating point type, d even.
+        k: `[..., d]` of any floating point type; d even for 4 bits, a multiple of 4 for 2.
+        bits: 2, 4 or 8.
 
     Returns:
-        `(codes, params)`: `[..., d/2]` uint8 packed as above, and `[..., 2]` float16 (scale, zero).
+        `(codes, params)`: `[..., d*bits/8]` uint8 packed as above, and `[..., 2]` float16 (scale, zero).
     """
     check_tensor("k", k, dtype=FLOAT_DTYPES)
-    if k.shape[-1] % 2:
-        raise ValueError(f"k: expected an even head_dim, got {k.shape[-1]}")
+    check_bits("bits", bits)
+    if k.shape[-1] * bits % 8:
+        multiple = "an even head_dim" if bits == 4 else "a head_dim that is a multiple of 4"
+        raise ValueError(f"k: expected {multiple}, got {k.shape[-1]}")
     k = k.float()
     zero = k.amin(-1, keepdim=True).half()
     # Divided by a tensor: by a number, torch multiplies with its reciprocal on a GPU, and the bytes would differ.
     spread = k.amax(-1, keepdim=True) - zero.float()
-    scale = (spread / torch.full_like(spread, 15)).clamp(min=MIN_SCALE).half()
+    steps = 2**bits - 1
+    scale = (spread / torch.full_like(spread, steps)).clamp(min=MIN_SCALE).half()
     # A NaN key has no code, and a cast of NaN to an integer is undefined: its code is 0 and its scale carries the NaN.
-    codes = ((k - zero.float()) / scale.float()).round().clamp(0, 15).nan_to_num(0).to(torch.uint8)
-    low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4), torch.cat([scale, zero], dim=-1)
+    codes = ((k - zero.float()) / scale.float()).round().clamp(0, steps).nan_to_num(0).to(torch.uint8)
+    packed, *higher = codes.chunk(8 // bits, dim=-1)
+    for place, part in enumerate(higher, 1):
+        packed = packed | (part << (bits * place))
+    return packed, torch.cat([scale, zero], dim=-1)
 
 
-def unpack(codes: torch.Tensor) -> torch.Tensor:
-    """Return the codes `[..., d]` uint8 of packed bytes `[..., d/2]`."""
-    return torch.cat([codes & 15, codes >> 4], dim=-1)
+def unpack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Return the codes `[..., d]` uint8 of packed bytes `[..., d*bits/8]`."""
+    check_bits("bits", bits)
+    return torch.cat([(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
 
 
-def dequantize(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, params: torch.Tensor, bits: int = 4) -> torch.Tensor:
     """Return the keys `[..., d]` float32 that `codes` and `params` stand for."""
     scale, zero = params.float().unsqueeze(-2).unbind(-1)
-    return unpack(codes).float() * scale + zero
+    return unpack(codes, bits).float() * scale + zero
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Refuse a width that there is no packing for."""
+    if bits not in (2, 4, 8):
+        raise ValueError(f"{name}: expected 2, 4 or 8, got {bits!r}")
 
 
 def split_shadow(shadow: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor]:

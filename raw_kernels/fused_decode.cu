@@ -1,0 +1,319 @@
+// One decode step of one layer in one launch: pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p, and attention.
+//
+// A cluster of blocks works on one (sequence, kv head), a row: 1 block where there are rows enough to fill the GPU, up to 16 where there are 8 rows. Everything between the stages
+// stays in shared memory; the blocks of a row exchange keys, histograms and lists through it and meet at barriers. Against a launch a stage this saves the scores' and
+// logits' way to memory and back, 8 bytes a candidate and query head, and five launches, each of which waits for its slowest block and
+// begins with loads that nothing hides: 35 of the 48 us that a step took at b=1, N=32k.
+//
+//     score    vectors [pages, Hkv, V*d], tiles of pages dealt to the blocks      -> scores, their maximum and sum
+//     select   keys to everybody, each block finds the threshold                  -> the best pages, dealt to the blocks
+//     estimate 4-bit keys of those                                                -> logits in fp16, their maximum and sum
+//     prune    histograms of mass, cut by one block a head                        -> the union's tokens of each block
+//     attend   each block over its own, merged over the cluster                   -> out, lse
+//
+// At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
+// turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
+// Where the list itself is asked for, pages are handed out in runs instead, so that it comes out in order.
+// Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
+#include "fused_attend.cuh"
+#include "fused_scores.cuh"
+#include "fused_select.cuh"
+#include "fused_top_p.cuh"
+
+struct FusedDecodeParams {
+  const void* q;             // [b, Hq, d] half or bf16
+  const void* k_pages;       // [pages, Hkv, P, d]
+  const void* v_pages;       // likewise
+  const u8* shadow;          // [pages, Hkv, P*d/2 + 4*P]
+  const u8* codes;           // [pages, Hkv, V*d]: V = 0 takes every page, 1 means, 2 maxima and minima
+  const u32* code_params;    // [pages, Hkv, 2] half: scale, zero
+  const int* page_table;     // [b, max_pages]
+  const int* seq_lens;       // [b]
+  const int* page_budget;    // [b, Hkv]
+  // outputs
+  int* candidates;           // [b, Hkv, capacity] or null
+  int* candidate_lengths;    // [b, Hkv]
+  int* kept;                 // [b, Hkv, capacity * P] or null, positions, ascending; not written past the length
+  int* kept_lengths;         // [b, Hkv]
+  int* per_query_head;       // [b, Hq]
+  float* mass;               // [b, Hq]
+  void* out;                 // [b, Hq, d]
+  float* lse;                // [b, Hq]
+  float sm_scale;
+  float p;
+  float bins_per_nat;        // 32 or 16
+  int bits;                  // of a weight: candidates * 2^bits stay below 2^32
+  int reduce;                // how query heads are combined: 0 softmax, 1 sum, 2 max
+  int q_is_bf16;
+  int kv_heads;
+  int group;
+  int max_pages;
+  int capacity;              // pages
+  int page_shift;            // log2 P, 4 or 5
+  int page_share;            // pages of a block at most, a multiple of 16
+  int entry_share;           // candidate pages of a block at most
+  int stagger;               // blocks of the grid that begin late, from this one on and as many; or 0
+};
+CHECK_PARAMS(FusedDecodeParams);
+
+constexpr int kMaxHeads = 8;
+// Tiles of 16 tokens that a warp has under way: as many as 128 registers a thread hold.
+template <int D, int Tiles>
+constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : 2;
+
+// Where things lie in dynamic shared memory; `fused_decode.py` adds up the same. Two blocks should leave 60 of a multiprocessor's 256 KB to its L1, where loads
+// under way have their places: with 28 KB the streams run at 60 % of their speed.
+struct Layout {
+  int numbers, keys;  // behind the scores of pages (float): numbers of this block's pages, keys of all (u32)
+  int list;           // this block's candidates: logical and physical numbers
+  int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
+  int bins;           // histograms
+  int query;          // the query's codes, then the query itself
+  int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
+
+  __device__ Layout(const FusedDecodeParams& p, int dim, int vectors, int warps, int blocks) {
+    const int tokens = p.entry_share << p.page_shift;
+    numbers = 4 * p.group * p.page_share, keys = numbers + 4 * p.page_share;
+    int size = 2 * p.group * tokens;
+    if (vectors) size = max(size, keys + 4 * p.page_share * blocks);
+    size = max(max(size, 4 * tokens), 4 * warps * p.group * dim);
+    list = size, keep = list + ceil_div(8 * p.entry_share, 16) * 16, bins = keep + ceil_div(tokens / 8, 16) * 16;
+    query = bins + bin_bytes(p, blocks), results = query + 6 * p.group * dim;
+  }
+  __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) { return max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1)) * 4; }
+};
+
+// 16 warps a block where there is one block a multiprocessor, else 8.
+template <typename T, int D, int Tiles, int Vectors, int kWarps>
+__global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
+  constexpr int kThreads = kWarps * kWarp;
+  extern __shared__ __align__(16) unsigned char smem[];
+  __shared__ SelectScratch<kThreads> s_select;
+  __shared__ TopPScratch<kMaxHeads> s_top_p;
+  __shared__ float2 s_warps[kWarps][kMaxHeads], s_blocks[2][kMaxCluster][kMaxHeads];
+  __shared__ float s_step[kMaxHeads], s_sum[kMaxHeads];
+  __shared__ int s_scan[kWarps], s_totals[kMaxCluster];
+  const AnyCluster cluster;
+  const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
+  const int lane = lane_id(), warp = uniform_warp_id();
+  const int page_size = 1 << p.page_shift, first_head = row * p.group;
+  const Layout layout(p, D, Vectors, kWarps, blocks);
+  float* const scores = reinterpret_cast<float*>(smem);
+  half* const logits = reinterpret_cast<half*>(smem);
+  u32* const keys = reinterpret_cast<u32*>(smem + layout.keys);
+  unsigned char* const keep = smem + layout.keep;
+  int* const numbers = reinterpret_cast<int*>(smem + layout.numbers);
+  int* const logical = reinterpret_cast<int*>(smem + layout.list);
+  int* const physical = logical + p.entry_share;
+  u32* const bins = reinterpret_cast<u32*>(smem + layout.bins);
+  u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
+  const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
+
+#pragma unroll 1
+  for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = 0;
+  // ---- everything that can be asked for before anything is known ----
+  const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
+  u32 raw[D / 64];
+  if (warp < p.group) {
+#pragma unroll
+    for (int i = 0; i < D / 64; ++i) raw[i] = reinterpret_cast<const u32*>(q + warp * D)[lane * (D / 64) + i];
+  }
+  const int seq_len = p.seq_lens[batch];
+  const int budget = Vectors ? min(p.page_budget[row], p.capacity) : p.capacity;
+  const int guess = global_page(cluster, threadIdx.x);
+  const int guessed = Vectors && guess < p.max_pages ? table[guess] : 0;
+
+  const int real = min(ceil_div(seq_len, page_size), p.max_pages);
+  if (real <= 0) {  // the whole cluster leaves
+    if (rank == 0 && threadIdx.x == 0) p.kept_lengths[row] = p.candidate_lengths[row] = 0;
+    if (rank == 0 && threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = 0, p.mass[first_head + threadIdx.x] = 0.f;
+    if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
+#pragma unroll 1
+    for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
+    return;
+  }
+  if (p.stagger && row >= p.stagger && row < 2 * p.stagger) {
+    // Blocks that share a multiprocessor would stream together and search together. Half of the first wave waits for as long as the other half streams pages,
+    // and from then on one searches while the other streams: 30 bytes a nanosecond is what a multiprocessor gets.
+    const int wait = real * ((Vectors * D + 4) / 30 + 1);
+    u32 begin, now;
+    asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(begin));
+    do {
+      __nanosleep(500);
+      asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
+    } while (now - begin < wait);
+  }
+  const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
+  query.quantize<D>(raw, p.q_is_bf16);
+
+  // ---- which pages ----
+  int taken = min(real, budget), entries;
+  const bool runs = p.kept != nullptr;
+  bool chosen = false;
+  constexpr int kOwned = HeadScale<Tiles>::kOwned;
+  if constexpr (Vectors != 0) {
+    if (budget < real) {
+      chosen = true;
+      const int tiles = ceil_div(real, kTile);
+      const int count = cluster.share(tiles) * kTile - (cluster.owner(tiles - 1) == rank ? tiles * kTile - real : 0);
+#pragma unroll 1
+      for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
+      if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
+      cp_async_commit(), cp_async_wait<0>();
+      __syncthreads();
+      float2 state[kOwned];
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
+      if (count > 0) {
+        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, numbers, count, p.kv_heads, kv_head, [&](int page, int g, int nth, float score) {
+          if (g < p.group && page < p.page_share) scores[g * p.page_share + page] = score;
+          include(state[nth], score);
+        });
+      }
+      join_lanes<Tiles>(state, s_warps[warp]);
+      __syncthreads();
+      float2 all = join_parts<kMaxHeads>(s_warps[0], kWarps);
+      if (blocks > 1) {
+#pragma unroll 1
+        for (int r = warp; r < blocks; r += kWarps) {
+          if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + lane, r), all);
+        }
+        cluster.sync();
+        all = join_parts<kMaxHeads>(s_blocks[0][0], blocks);
+      }
+      share_keys<kThreads, 4 * Tiles>(cluster, s_select, scores, p.page_share, count, real, p.group, all, p.reduce, keys);
+      entries = best_pages<kThreads>(cluster, s_select, keys, real, budget, runs, reinterpret_cast<int*>(bins), table, logical, physical, taken);
+    }
+  }
+  const int per_block = (taken + blocks - 1) >> cluster.shift;
+  const int before = rank * per_block;  // with runs, the entries of the blocks before
+  if (!chosen) {                        // all of them, or the first ones for a budget that no selector filled
+    entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < entries; i += kThreads) {
+      const int page = runs ? before + i : cluster.nth(i);
+      logical[i] = page;
+      cp_async4(physical + i, table + page);
+    }
+    cp_async_commit(), cp_async_wait<0>();
+  }
+  if (rank == 0 && threadIdx.x == 0) p.candidate_lengths[row] = taken;
+  __syncthreads();
+  if (p.candidates) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < entries; i += kThreads) p.candidates[static_cast<long long>(row) * p.capacity + before + i] = logical[i];
+  }
+
+  // ---- logits ----
+  const int pitch = p.entry_share << p.page_shift, size = entries << p.page_shift;
+  {
+    float2 state[kOwned];
+#pragma unroll
+    for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
+    score_tokens<D, Tiles, kWarps, kTokenBatch<D, Tiles>>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head,
+                                                   [&](int slot, int g, int nth, float logit) {
+                                                     const half rounded = to_half_clamped(logit);
+                                                     if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
+                                                     include(state[nth], to_float(rounded));
+                                                   });
+    join_lanes<Tiles>(state, s_warps[warp]);
+  }
+  __syncthreads();
+
+  // ---- top-p ----
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], s_blocks[1][0], bins, sums);
+  int run_begin, run_end, kept_here;
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, run_begin, run_end, kept_here);
+
+  // ---- the list ----
+  int* const places = reinterpret_cast<int*>(smem);  // nobody reads logits any more
+  int* kept = nullptr;
+  int kept_before = 0;
+  if (runs) {
+    kept = p.kept + (static_cast<long long>(row) * p.capacity << p.page_shift);
+    if (threadIdx.x < blocks) AnyCluster::store(AnyCluster::address(s_totals + rank, threadIdx.x), static_cast<u32>(kept_here));
+    cluster.sync();
+#pragma unroll 1
+    for (int r = 0; r < rank; ++r) kept_before += s_totals[r];
+  }
+#pragma unroll 1
+  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+    u32 mine = keep[chunk];
+    while (mine) {
+      const int candidate = chunk * 8 + __ffs(mine) - 1, entry = candidate >> p.page_shift, offset = candidate & (page_size - 1);
+      mine &= mine - 1;
+      if (kept) kept[kept_before + at] = (logical[entry] << p.page_shift) + offset;
+      places[at] = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
+      ++at;
+    }
+  }
+  const auto report = [&] {  // by block 0, once it has everybody's counts
+    if (rank != 0) return;
+    if (threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = s_top_p.counts[threadIdx.x], p.mass[first_head + threadIdx.x] = __uint_as_float(s_top_p.mass[threadIdx.x]);
+    if (warp == 0) {
+      const int total = __reduce_add_sync(kFullMask, lane < blocks ? s_totals[lane] : 0);
+      if (lane == 0) p.kept_lengths[row] = total;
+    }
+  };
+  // ---- attention over this block's tokens ----
+  if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
+  T* const s_query = reinterpret_cast<T*>(smem + layout.query);  // the codes are of no more use
+#pragma unroll 1
+  for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+  __syncthreads();
+  float top, sum;
+  float* const parts = scores;
+  attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group, p.sm_scale * kLog2e,
+                            parts, top, sum);
+  if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
+  __syncthreads();
+
+  // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
+  const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
+  float4* const received = reinterpret_cast<float4*>(smem + layout.results);  // [blocks][each]
+  const auto finish = [&](int e, float4 x, float2 joint) {
+    const int head = e / (D / 4), d = e % (D / 4) * 4;
+    const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
+        make_uint2(pack2<T>(x.x * scale, x.y * scale), pack2<T>(x.z * scale, x.w * scale));
+    if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
+  };
+#pragma unroll 1
+  for (int e = threadIdx.x; e < all; e += kThreads) {
+    const int head = e / (D / 4);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    float2 joint = make_float2(-inf(), 0.f), state[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) state[w] = s_warps[w][head], joint.x = fmaxf(joint.x, state[w].x);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
+      const float factor = fast_exp2(state[w].x - finite_top(joint.x));
+      const float4 y = *reinterpret_cast<const float4*>(parts + w * p.group * D + e * 4);
+      joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
+    }
+    if (cluster.alone()) {
+      finish(e, x, joint);
+    } else {
+      const int to = cluster.owner(e);
+      AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
+      if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + head, to), joint);
+    }
+  }
+  cluster.sync();
+  report();
+  if (cluster.alone()) return;
+  // A half warp joins one float4, a lane a block.
+#pragma unroll 1
+  for (int pair = warp * 2; pair < each; pair += kWarps * 2) {
+    const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
+    float2 joint = make_float2(-inf(), 0.f);
+    float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (r < blocks) joint = s_blocks[0][r][e / (D / 4)], x = received[r * each + cluster.place(e)];
+    const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
+    x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
+    x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);
+    joint.y = warp_sum<kMaxCluster>(joint.y * factor), joint.x = best;
+    if (r == 0 && i < each) finish(e, x, joint);
+  }
+}

@@ -1,0 +1,284 @@
+// The two streams of fused_decode.cu: scores of pages from their 8-bit vectors, and logits of tokens from the 4-bit keys.
+//
+// Both are u8 x s8 products on m16n8k32 tiles: 16 pages or tokens are the rows, query heads the columns, and where they leave columns
+// free, the 8-bit residuals of the same heads (see spgemv.cu: 16 bits of the query survive). k may be permuted as long as both sides agree, so
+// that lane (gid, tig) loads whole 16-byte pieces of rows gid and gid + 8 straight into its fragments: no shared memory, no shuffles, and
+// every warp has 8 KB of such loads under way.
+#pragma once
+
+#include "mma.cuh"
+
+constexpr int kTile = 16;
+constexpr float kLowest = -3.4e38f;  // stands for -inf where differences are formed
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A maximum and the sum of exponentials below it, (m, s). NaN and +inf show in s.
+__device__ __forceinline__ float2 join(float2 a, float2 b) {
+  const float m = fmaxf(a.x, b.x);
+  return make_float2(m, a.y * fast_exp2((a.x - m) * kLog2e) + b.y * fast_exp2((b.x - m) * kLog2e));
+}
+__device__ __forceinline__ void include(float2& a, float x) {
+  const float m = fminf(fmaxf(a.x, x), -kLowest);
+  a.y = a.y * fast_exp2((a.x - m) * kLog2e) + fast_exp2((x - m) * kLog2e), a.x = m;
+}
+
+// The queries of a group as s8 codes in shared memory: q = step * (main + residual / 254), each also with only what is positive or negative of the query.
+struct QueryCodes {
+  u8* codes;         // [3: all, positive, negative][2: main, residual][group][D]
+  float *step, *sum;  // [group]
+  int group;
+
+  // A warp a head. `raw` holds D / 32 channels of head `warp`, lane after lane.
+  template <int D>
+  __device__ __forceinline__ void quantize(const u32 (&raw)[D / 64], bool bf) const {
+    constexpr int kEach = D / 32;
+    const int head = uniform_warp_id(), lane = lane_id();
+    if (head >= group) return;
+    float x[kEach], largest = 0.f, total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kEach / 2; ++i) {
+      const float2 pair = bf ? unpack2<bf16>(raw[i]) : unpack2<half>(raw[i]);
+      x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
+      largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y))), total += pair.x + pair.y;
+    }
+    largest = warp_max(largest), total = warp_sum(total);  // the sum carries a NaN of the query into every score of this head
+    const float s = largest / 127.f, inverse = s > 0.f ? 1.f / s : 0.f;
+    if (lane == 0) step[head] = s, sum[head] = total;
+    u8* const at = codes + head * D + lane * kEach;
+#pragma unroll
+    for (int i = 0; i < kEach; i += 2) {
+      u32 main = 0, rest = 0, positive = 0, negative = 0;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const float y = x[i + k];
+        const int a = min(max(__float2int_rn(y * inverse), -127), 127);
+        const int r = min(max(__float2int_rn(fmaf(-s, static_cast<float>(a), y) * inverse * 254.f), -127), 127);
+        main |= (a & 255) << 8 * k, rest |= (r & 255) << 8 * k;
+        positive |= y > 0.f ? 255 << 8 * k : 0, negative |= y < 0.f ? 255 << 8 * k : 0;
+      }
+#pragma unroll
+      for (int v = 0; v < 3; ++v) {
+        const u32 mask = v == 0 ? 0xffff : v == 1 ? positive : negative;
+        *reinterpret_cast<u16*>(at + 2 * v * group * D + i) = static_cast<u16>(main & mask);
+        *reinterpret_cast<u16*>(at + (2 * v + 1) * group * D + i) = static_cast<u16>(rest & mask);
+      }
+    }
+  }
+  // The codes of one column from channel c on; columns from kHeads on are residuals.
+  template <int D, int kHeads>
+  __device__ __forceinline__ const u8* column(int column, int variant, int c) const {
+    return codes + ((2 * variant + (column >= kHeads)) * group + column % kHeads) * D + c;
+  }
+};
+
+// What turns the integers of a tile into the scores of the heads that this lane owns after `settle`.
+template <int Tiles>
+struct HeadScale {
+  static constexpr int kHeadTiles = Tiles == 1 ? 1 : Tiles / 2;
+  static constexpr int kOwned = Tiles == 1 ? 2 : Tiles;
+  float scale[kHeadTiles][2], sum[kHeadTiles][2];
+
+  static __device__ __forceinline__ int head(int nth, int tig) { return Tiles == 1 ? 2 * (tig & 1) + nth : nth / 2 * 8 + 2 * tig + nth % 2; }
+  __device__ __forceinline__ HeadScale(const QueryCodes& query, int tig, float factor, float sum_factor) {
+#pragma unroll
+    for (int t = 0; t < kHeadTiles; ++t)
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int g = min(head(2 * t + k, tig), query.group - 1);
+        scale[t][k] = query.step[g] * factor, sum[t][k] = query.sum[g] * sum_factor;
+      }
+  }
+};
+
+// Hand every score of a tile to `use(row, head, nth, score)`. `params(upper)` gives (scale, zero) of row gid or gid + 8. With one column tile a lane has 2 heads of one row:
+// heads lie in tig 0 and 1, residuals in tig 2 and 3, and two shuffles give tig 0 and 1 row gid, 2 and 3 row gid + 8.
+template <int Tiles, typename Params, typename Use>
+__device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const Params& params, const Use& use) {
+  if constexpr (Tiles == 1) {
+    const bool upper = tig >= 2;
+    const int got0 = __shfl_xor_sync(kFullMask, upper ? dot[0][0] : dot[0][2], 2);
+    const int got1 = __shfl_xor_sync(kFullMask, upper ? dot[0][1] : dot[0][3], 2);
+    const int first = upper ? got0 * 254 + dot[0][2] : dot[0][0] * 254 + got0;
+    const int second = upper ? got1 * 254 + dot[0][3] : dot[0][1] * 254 + got1;
+    const int r = gid + (upper ? 8 : 0), g = 2 * (tig & 1);
+    const float2 sz = params(upper);
+    use(r, g, 0, fmaf(sz.x * head.scale[0][0], static_cast<float>(first), sz.y * head.sum[0][0]));
+    use(r, g + 1, 1, fmaf(sz.x * head.scale[0][1], static_cast<float>(second), sz.y * head.sum[0][1]));
+  } else {
+    constexpr int kHeadTiles = Tiles / 2;
+#pragma unroll
+    for (int t = 0; t < kHeadTiles; ++t)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float2 sz = params(k >= 2);
+        const int sum = dot[t][k] * 254 + dot[t + kHeadTiles][k];
+        use(gid + (k < 2 ? 0 : 8), 8 * t + 2 * tig + k % 2, 2 * t + k % 2, fmaf(sz.x * head.scale[t][k % 2], static_cast<float>(sum), sz.y * head.sum[t][k % 2]));
+      }
+  }
+}
+
+// Maximum and sum of each head over the warp, to parts [head].
+template <int Tiles>
+__device__ __forceinline__ void join_lanes(float2 (&mine)[HeadScale<Tiles>::kOwned], float2* parts) {
+  const int lane = lane_id();
+#pragma unroll
+  for (int i = 0; i < HeadScale<Tiles>::kOwned; ++i) {
+#pragma unroll 1  // here and below: what runs once costs more to fetch than to execute
+    for (int distance = kWarp / 2; distance >= (Tiles == 1 ? 2 : 4); distance /= 2) {  // lanes of one tig have the same heads; with one column tile tig ^ 2 too
+      mine[i] = join(mine[i], make_float2(__shfl_xor_sync(kFullMask, mine[i].x, distance), __shfl_xor_sync(kFullMask, mine[i].y, distance)));
+    }
+    if (lane < (Tiles == 1 ? 2 : 4)) parts[HeadScale<Tiles>::head(i, lane)] = mine[i];
+  }
+}
+// Over `count` parts [count][kHeads], by every warp for itself; lane h gets head h % kHeads.
+template <int kHeads>
+__device__ __forceinline__ float2 join_parts(const float2* parts, int count) {
+  const int lane = lane_id();
+  float2 all = make_float2(kLowest, 0.f);
+#pragma unroll 1
+  for (int i = lane / kHeads; i < count; i += kWarp / kHeads) all = join(all, parts[i * kHeads + lane % kHeads]);
+#pragma unroll 1
+  for (int distance = kWarp / 2; distance >= kHeads; distance /= 2) {
+    all = join(all, make_float2(__shfl_xor_sync(kFullMask, all.x, distance), __shfl_xor_sync(kFullMask, all.y, distance)));
+  }
+  return all;
+}
+
+// Scores of `count` pages whose numbers lie in shared memory, Vectors codes of D channels each: 1 the mean key, 2 maxima and minima, of which the first
+// meet what is positive of the query and the second what is negative. `use(page, head, nth, score)`, scores times `sm_scale`;
+// -inf for what is not there, heads from `group` and pages from `count` on among it.
+template <int D, int Vectors, int Tiles, int kWarps, typename Use>
+__device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_scale, const u8* codes, const u32* params, const int* pages, int count, int kv_heads,
+                                            int kv_head, const Use& use) {
+  constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
+  constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 1 ? 4 : 8 / (Tiles * kPieces);  // tiles under way
+  constexpr int kHeads = 4 * Tiles;
+  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
+
+  uint4 b[Tiles][kPieces];
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      b[t][j] = uint4{0, 0, 0, 0};
+      const int column = 8 * t + gid, variant = Vectors == 1 ? 0 : 1 + j * 64 / D;
+      if (column % kHeads < query.group) b[t][j] = load16(query.column<D, kHeads>(column, variant, j * 64 % D + tig * 16));
+    }
+  const HeadScale<Tiles> head(query, tig, sm_scale / 254.f, sm_scale);
+
+  const int tiles = ceil_div(count, kTile);
+  for (int first = warp; first < tiles; first += kWarps * kBatch) {
+    uint4 x[kBatch][2][kPieces];
+    u32 sz[kBatch][Tiles == 1 ? 1 : 2];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int tile = first + i * kWarps;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // Behind the end the last page is read again.
+        const long long place = static_cast<long long>(pages[min(tile * kTile + gid + 8 * h, count - 1)]) * kv_heads + kv_head;
+        const u8* const row = codes + place * (Vectors * D) + tig * 16;
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64);
+        if constexpr (Tiles > 1) sz[i][h] = __ldg(params + place);
+        else if (h == (tig >= 2)) sz[i][0] = __ldg(params + place);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int tile = first + i * kWarps;
+      int dot[Tiles][4] = {};
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j) {
+        const uint4 low = x[i][0][j], high = x[i][1][j];
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+          mma_u8s8(dot[t], low.x, high.x, low.y, high.y, b[t][j].x, b[t][j].y);
+          mma_u8s8(dot[t], low.z, high.z, low.w, high.w, b[t][j].z, b[t][j].w);
+        }
+      }
+      settle<Tiles>(
+          dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
+          [&](int r, int g, int nth, float score) {
+            const int page = tile * kTile + r;
+            use(page, g, nth, page < count ? score : -inf());
+          });
+    }
+  }
+}
+
+// Logits of the tokens of `count` pages from the 4-bit keys. `use(slot, head, nth, logit)`: slots count the tokens of the list, and go on behind its end; -inf
+// for what is not there. Low nibbles are masked into one accumulator, high ones stay where they are (16 times too large) and get another, which spares the shifts.
+template <int D, int Tiles, int kWarps, int kBatch, typename Use>
+__device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_scale, const u8* shadow, const int* pages, const int* logical, int count, int page_shift,
+                                             int seq_len, int kv_heads, int kv_head, const Use& use) {
+  constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
+  constexpr int kPieces = D == 256 ? 2 : 1;
+  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
+  const int page_size = 1 << page_shift, half_shift = page_shift - 4;
+  const int block_bytes = (D / 2 + 4) << page_shift;
+
+  u32 low_codes[Tiles][kWords], high_codes[Tiles][kWords];
+#pragma unroll
+  for (int t = 0; t < Tiles; ++t)
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      const int column = 8 * t + gid, c = D == 64 ? tig * 8 + j * 4 : j / 4 * 64 + tig * 16 + j % 4 * 4;
+      const bool there = column % kHeads < query.group;
+      low_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c)) : 0;
+      high_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c + D / 2)) : 0;
+    }
+  const HeadScale<Tiles> head(query, tig, sm_scale * (1.f / (254.f * 16.f)), sm_scale);
+
+  const int tiles = count << half_shift;
+  for (int first = warp; first < tiles; first += kWarps * kBatch) {
+    uint4 x[kBatch][2][kPieces];
+    u32 sz[kBatch][Tiles == 1 ? 1 : 2];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int tile = min(first + i * kWarps, tiles - 1), start = (tile << 4) & (page_size - 1);
+      const u8* const block = shadow + (static_cast<long long>(pages[tile >> half_shift]) * kv_heads + kv_head) * block_bytes;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const u8* const row = block + (start + gid + 8 * h) * (D / 2);
+        if constexpr (D == 64) {
+          const uint2 v = load_stream8(row + tig * 8);
+          x[i][h][0].x = v.x, x[i][h][0].y = v.y;
+        } else {
+#pragma unroll
+          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64 + tig * 16);
+        }
+        if (Tiles > 1 || h == (tig >= 2)) sz[i][Tiles == 1 ? 0 : h] = load_stream4(block + page_size * (D / 2) + (start + gid + 8 * h) * 4);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int tile = first + i * kWarps, start = (tile << 4) & (page_size - 1);
+      // Tokens of the tile that are there.
+      const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - start : 0;
+      int dot[Tiles][4];
+      constexpr u32 kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
+#pragma unroll
+      for (int t = 0; t < Tiles; ++t) {
+        int lo[4] = {}, hi[4] = {};
+#pragma unroll
+        for (int j = 0; j < kWords; j += 2) {
+          const uint4 lower = x[i][0][j / 4], upper = x[i][1][j / 4];
+          const u32 a0 = j % 4 ? lower.z : lower.x, a1 = j % 4 ? upper.z : upper.x, a2 = j % 4 ? lower.w : lower.y, a3 = j % 4 ? upper.w : upper.y;
+          mma_u8s8(lo, a0 & kLow, a1 & kLow, a2 & kLow, a3 & kLow, low_codes[t][j], low_codes[t][j + 1]);
+          mma_u8s8(hi, a0 & kHigh, a1 & kHigh, a2 & kHigh, a3 & kHigh, high_codes[t][j], high_codes[t][j + 1]);
+        }
+#pragma unroll
+        for (int k = 0; k < 4; ++k) dot[t][k] = lo[k] * 16 + hi[k];
+      }
+      settle<Tiles>(
+          dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
+          [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
+    }
+  }
+}

@@ -1,0 +1,207 @@
+// Top-p over logits that lie spread over the shared memory of a cluster: top_p.cu's rule, inside fused_decode.cu.
+//
+// Maximum and Z of every head come from the pass that made the logits. Every block makes a histogram of its slice, below its own maximum: bins lie on one grid and weigh
+// relative to their own edges, so those of another block fit after a shift. Block g % size owns head g, gets everybody's bins by atomic adds of integers (whose order
+// does not matter), finds the cut and tells it to all: two barriers, four where a bin is cut finer.
+#pragma once
+
+#include "cluster.cuh"
+#include "fused_scores.cuh"
+#include "threshold.cuh"
+
+template <int kMaxHeads>
+struct TopPScratch {
+  float origin[kMaxHeads], limit[kMaxHeads];  // of this block's histogram, in bins: where it begins, how deep it goes
+  int shift[kMaxHeads];                       // from this block's bins to the cluster's
+  float z[kMaxHeads];
+  // In the owner: the mass still missing in the cut bin in units of its own weights, what one such unit is of the total, and the mass before.
+  float missing[kMaxHeads], unit[kMaxHeads], share_before[kMaxHeads];
+  // What the owner tells.
+  u32 least[kMaxHeads];  // the smallest half that is kept, its bits
+  u32 mass[kMaxHeads];   // float
+  u32 refine[kMaxHeads];  // the cut bin + 1, or 0
+  u32 counts[kMaxHeads];  // tokens kept; in block 0
+};
+
+__device__ __forceinline__ float half_bits_to_float(u32 bits) { return __half2float(__ushort_as_half(static_cast<u16>(bits))); }
+
+// The smallest half x with origin - per_nat * x < edge: bins are monotonic in the logit, so a comparison of halves says who is kept.
+__device__ __forceinline__ u32 least_half(float origin, float per_nat, float edge) {
+  const auto kept = [&](float x) { return fmaf(-per_nat, x, origin) < edge; };
+  half x = __float2half_ru(fmaxf((origin - edge) / per_nat, -65504.f));
+  const auto step = [](half h, bool up) {  // the neighbour; halves of one sign lie in the order of their bits
+    const u16 bits = __half_as_ushort(h);
+    if ((bits & 0x7fff) == 0) return __ushort_as_half(up ? 0x0001 : 0x8001);
+    return __ushort_as_half((bits < 0x8000) == up ? bits + 1 : bits - 1);
+  };
+#pragma unroll 1
+  for (int i = 0; i < 4 && !kept(__half2float(x)); ++i) x = step(x, true);
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const half below = step(x, false);
+    if (__half2float(below) == -inf() || !kept(__half2float(below))) break;
+    x = below;
+  }
+  return __half_as_ushort(x);
+}
+
+// Fills s.least and s.mass. `logits` [group, pitch], `size` a multiple of 16 of them count; `parts` are maxima and sums of this block's warps [warps][kMaxHeads], `all_parts` has room for those of
+// every block. `bins` and `sums` have [group, kMassBins] zeros, and are one where the cluster is one block. `length` candidates a row. A warp works for head warp % group.
+template <int kThreads, int kMaxHeads>
+__device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int length, int group, float p,
+                                               float per_nat, int bits, const float2* parts, float2* all_parts, u32* bins, u32* sums) {
+  constexpr int kWarps = kThreads / kWarp;
+  const int lane = lane_id(), warp = uniform_warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
+  const int chunks = size / 8, first_chunk = nth < team ? nth * kWarp + lane : chunks, step = team * kWarp;
+  const float width = 1.f / per_nat, to_log2 = -kLog2e * width, one = static_cast<float>(1 << bits);
+
+  // ---- where this block's histogram begins ----
+  const float2 here = join_parts<kMaxHeads>(parts, kWarps);  // of head lane % kMaxHeads
+  const float begin = ceilf(here.x * per_nat);
+  const bool some = here.x > kLowest && here.y < inf();
+  if (warp == 0 && lane < group) {
+    // Below ln(n / ((1 - p) Z)) nats everything together weighs less than (1 - p) Z and is not needed; with this block's Z, if anything, deeper. 2 % and
+    // a bin are for rounding.
+    const float depth = ceilf(fmaxf(__logf(1.02f * length / ((1.f - p) * here.y)) * per_nat, 0.f)) + 2.f;
+    s.origin[lane] = begin;
+    s.limit[lane] = some && p < 1.f ? fminf(depth, kMassBins - 1) : -inf();
+  }
+  if (!cluster.alone() && lane < group) {
+#pragma unroll 1
+    for (int r = warp; r < cluster.size; r += kWarps) AnyCluster::store(AnyCluster::address(all_parts + cluster.rank * kMaxHeads + lane, r), here);
+  }
+  cluster.arrive();
+  __syncthreads();
+
+  // Twice at most: all bins, then the bin that holds the cut, divided finer.
+  const int owned = warp < group && cluster.owner(warp) == cluster.rank ? warp : -1;  // the head that this warp cuts
+  float top = 0.f, from = s.origin[g], depth = s.limit[g];
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {
+    // ---- histogram ----
+    if (depth > 0.f) {
+      const u32 at = smem_address(bins + g * kMassBins);
+      const auto count = [&](float scaled, float y) {
+        const float floored = __fadd_rd(scaled, kMagic);
+        const u32 weight = bin_weight(pass ? y : y - (floored - kMagic), width, one);
+        asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(at + low_bits(floored) * 4), "r"(weight) : "memory");
+      };
+#pragma unroll 1
+      for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+        Chunk<half> v;
+        v.load(logits + g * pitch + chunk * 8);
+        if (fmaf(-per_nat, v.max(), from) >= depth) continue;
+        if (pass == 0) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float y = fmaf(-per_nat, v[i], from);
+            if (y < depth) count(y, y);
+          }
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < 8; ++i) {
+            const float y = fmaf(-per_nat, __half2float(logits[g * pitch + chunk * 8 + i]), from);
+            if (y < depth && y >= 0.f) count(y * kMassSubBins, y);
+          }
+        }
+      }
+    }
+    if (pass == 0) {
+      cluster.wait();
+      const float2 row = cluster.alone() ? here : join_parts<kMaxHeads>(all_parts, cluster.size);
+      top = ceilf(row.x * per_nat);
+      if (warp == 0 && lane < group) {
+        s.shift[lane] = some ? static_cast<int>(fminf(top - begin, 1e6f)) : kMassBins;
+        // Z in units of the first bin's edge; 0 where all is kept: NaN and +inf show in the output of their own row then.
+        s.z[lane] = p < 1.f && row.x > kLowest && row.y < inf() ? row.y * one * fast_exp2((row.x * per_nat - top) * -to_log2) : 0.f;
+        s.least[lane] = 0xfbff, s.refine[lane] = 0, s.mass[lane] = __float_as_uint(row.y < inf() && row.y > 0.f ? 1.f : 0.f);
+      }
+    }
+    __syncthreads();
+
+    // ---- everybody's bins to the owners ----
+    if (!cluster.alone()) {
+#pragma unroll 1
+      for (int i = threadIdx.x * 4; i < group * kMassBins; i += kThreads * 4) {
+        const uint4 four = *reinterpret_cast<const uint4*>(bins + i);
+        if ((four.x | four.y | four.z | four.w) == 0) continue;
+        const int head = i / kMassBins, bin = i % kMassBins + (pass ? 0 : s.shift[head]);
+        const u32 weights[4] = {four.x, four.y, four.z, four.w}, there = AnyCluster::address(sums + head * kMassBins + bin, cluster.owner(head));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (weights[j] && bin + j < kMassBins) AnyCluster::add(there + 4 * j, weights[j]);
+        }
+      }
+    }
+    cluster.sync();
+    const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
+    if (owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned])) {
+      u32* const mine = sums + owned * kMassBins;
+      const float z = s.z[owned], share = fminf(p * (1.f + 1.25f / one), 1.f) * z;
+      const Cut cut = find_cut<kMassBins / kWarp>(mine, pass ? 0.f : to_log2, pass ? s.missing[owned] : share, one);
+      float edge, mass;
+      u32 refine;
+      if (pass == 0) {
+        const float scale = exp2f(to_log2 * cut.bin);
+        if (lane == 0) s.missing[owned] = (share - cut.before) / scale, s.unit[owned] = scale / z, s.share_before[owned] = cut.before / z;
+        edge = cut.bin + 1.f, mass = cut.mass / z, refine = cut.coarse ? cut.bin + 1 : 0;
+      } else {
+        refine = s.refine[owned];
+        edge = refine - 1.f + (cut.bin + 1.f) / kMassSubBins, mass = fmaf(cut.mass, s.unit[owned], s.share_before[owned]);
+      }
+      if (cut.bin >= 0) {
+        const u32 least = least_half(own_top, per_nat, edge);
+        if (lane < cluster.size) {
+          AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);
+          AnyCluster::store(AnyCluster::address(s.mass + owned, lane), __float_as_uint(fminf(mass, 1.f)));
+          AnyCluster::store(AnyCluster::address(s.refine + owned, lane), refine);
+        }
+      }
+#pragma unroll 1
+      for (int i = lane; i < kMassBins; i += kWarp) mine[i] = 0;
+    }
+    cluster.sync();
+    const u32 mine = lane < group ? s.refine[lane] : 0;
+    if (pass == 1 || !__any_sync(kFullMask, mine != 0)) return;
+    if (!cluster.alone()) {  // alone, the owner has emptied them
+#pragma unroll 1
+      for (int i = threadIdx.x; i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+      __syncthreads();
+    }
+    from += s.shift[g] - (s.refine[g] - 1.f), depth = s.refine[g] ? 1.f : 0.f;
+  }
+}
+
+// The union of who is kept, a byte a chunk of 8 candidates in `keep`, and s.counts of this block added up in block 0. Returns the kept before this thread's run of chunks inside the block; `total`
+// gets all of them.
+template <int kThreads, int kMaxHeads, int kHeads>
+__device__ __forceinline__ int mark_kept(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int group, unsigned char* keep,
+                                         int* scan, int& run_begin, int& run_end, int& total) {
+  const int chunks = size / 8, run = ceil_div(chunks, kThreads);
+  run_begin = min(static_cast<int>(threadIdx.x) * run, chunks), run_end = min(run_begin + run, chunks);
+  int kept_here = 0, counts[kHeads] = {};
+#pragma unroll 1
+  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+    u32 any = 0;
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) {
+      if (g >= group) break;
+      const uint4 words = load16(logits + g * pitch + chunk * 8);
+      const half2 least = __half2half2(__ushort_as_half(static_cast<u16>(s.least[g])));
+      const auto bits = [&](u32 w) { return __hgeu2_mask(*reinterpret_cast<const half2*>(&w), least); };  // unordered: NaN is kept
+      const u32 kept = (bits(words.x) & 0x00010001u) | (bits(words.y) & 0x00040004u) | (bits(words.z) & 0x00100010u) | (bits(words.w) & 0x00400040u);
+      counts[g] += __popc(kept);
+      any |= kept;
+    }
+    any = (any | any >> 15) & 0xff;  // the upper halves are the odd candidates
+    keep[chunk] = static_cast<unsigned char>(any);
+    kept_here += __popc(any);
+  }
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+    if (g >= group) break;
+    const int sum = __reduce_add_sync(kFullMask, counts[g]);
+    if (lane_id() == 0 && sum) AnyCluster::add(AnyCluster::address(s.counts + g, 0), static_cast<u32>(sum));
+  }
+  return scan_block<kThreads>(kept_here, scan, total);
+}

@@ -1,0 +1,169 @@
+"""The fused kernel, stage by stage on what it says it chose: candidates, kept tokens and output against the twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.test_spgemv_gpu import Paged, pytestmark  # noqa: F401
+from twilight import Selection, ops
+from twilight.budget import Budget
+from twilight.ops.top_p import top_p_mask
+from twilight.selector import combine_group
+
+
+class Case(Paged):
+    """A `Paged` with values, vectors of the pages and budgets."""
+
+    def __init__(self, lengths, *, vectors=2, share=0.25, **sizes):
+        super().__init__(lengths, **sizes)
+        self.v_pages = torch.randn_like(self.k_pages)
+        bounds = ops.quantize_bounds(self.k_pages.amax(2), self.k_pages.amin(2))
+        self.vectors = {0: (), 2: bounds}[vectors]
+        tokens = (self.seq_lens.double() * share).ceil().clamp(min=1).minimum(self.seq_lens.double()).int()
+        longest = max(1, int(max(lengths) * share + 1))
+        self.budget = Budget(tokens[:, None].expand(-1, self.heads).contiguous(), longest)
+
+    def run(self, p, backend="cuda", **options):
+        return ops.fused_decode(
+            self.q, self.k_pages, self.v_pages, self.shadow, self.vectors, self.table, self.seq_lens,
+            self.budget if self.vectors else None, p, lists=True, backend=backend, **options,
+        )  # fmt: skip
+
+
+def as_mask(selection, n):
+    """`[b, Hkv, n]`: which entries a selection holds; checks that they are ascending on the way."""
+    counted, lists = selection.counted(), selection.indices.long()
+    assert bool(((lists[..., 1:] > lists[..., :-1]) | ~counted[..., 1:]).all())
+    mask = torch.zeros(*lists.shape[:2], n + 1, dtype=torch.bool, device=lists.device)
+    return mask.scatter_(-1, lists.masked_fill(~counted, n), True)[..., :n]
+
+
+def check(case, p, *, reduce="softmax"):
+    got = case.run(p, reduce=reduce)
+    page, pages = case.page, case.table.shape[1]
+    have = (case.seq_lens + page - 1) // page
+
+    # Candidates: the newest page, and no page left out that ranks clearly above one that is in.
+    chosen = as_mask(got.candidates, pages)
+    if case.vectors:
+        want = case.budget.pages(page).minimum(have[:, None])
+        assert torch.equal(got.candidates.lengths, want)
+        scores = ops.page_scores(case.q, case.vectors, case.table, case.seq_lens, page_size=page, backend="torch")
+        ranked = combine_group(scores, case.heads, reduce, scale=case.q.shape[-1] ** -0.5)
+        newest = torch.arange(pages, device="cuda") == (have - 1)[:, None, None]
+        assert bool((chosen | ~newest).all())
+        worst = ranked.masked_fill(~chosen | newest, torch.inf).amin(-1)
+        best = ranked.masked_fill(chosen, -torch.inf).amax(-1)
+        assert bool((worst >= best - 2e-3 * (1 + best.abs())).all())
+    else:
+        assert torch.equal(got.candidates.lengths, have[:, None].expand(-1, case.heads))
+
+    # What top-p keeps of their logits.
+    clean = Selection(
+        got.candidates.indices.masked_fill(~got.candidates.counted(), 0), got.candidates.lengths, page
+    )  # fmt: skip
+    logits = ops.estimate_scores(
+        case.q, case.shadow, case.table, case.seq_lens, clean, page_size=page, out_dtype=torch.float16, backend="torch"
+    )
+    positions, valid = clean.positions(case.seq_lens)
+    n = pages * page
+    kept = as_mask(got.pruned.selection, n)
+    here = kept.gather(-1, positions) & valid
+    assert torch.equal(here.sum(-1), got.pruned.selection.lengths.long())
+    weights = torch.softmax(logits.double(), -1).nan_to_num(0).unflatten(1, (case.heads, -1))
+    mass = (weights * here.unsqueeze(2)).sum(-1)
+    assert bool((mass >= p - 2e-3)[case.seq_lens > 0].all())
+    reference = top_p_mask(logits, p).unflatten(1, (case.heads, -1))
+    union = reference.any(2)
+    missing = (union & ~here).sum(-1)
+    assert bool((missing <= 2 + 0.01 * union.sum(-1)).all()), (
+        "tokens at the threshold may differ by rounding, no others"
+    )
+    assert bool((here.sum(-1) <= 1.06 * union.sum(-1) + 24).all())
+    counts = got.pruned.per_query_head.unflatten(1, (case.heads, -1))
+    assert bool((counts >= reference.sum(-1) - 2 - 0.01 * reference.sum(-1)).all())
+    assert bool((counts <= got.pruned.selection.lengths[..., None]).all())
+    assert bool((got.pruned.mass >= p - 1e-6)[case.seq_lens > 0].all())
+
+    # Attention over exactly these.
+    listed = Selection(
+        got.pruned.selection.indices.masked_fill(~got.pruned.selection.counted(), 0), got.pruned.selection.lengths
+    )
+    out, lse = ops.sparse_attention(
+        case.q, case.k_pages, case.v_pages, case.table, case.seq_lens, listed, backend="torch"
+    )
+    torch.testing.assert_close(got.lse, lse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got.out.float(), out.float(), rtol=2e-2, atol=4e-3)
+    return got
+
+
+@pytest.mark.parametrize("vectors", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
+@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])
+def test_ragged_rows(vectors, dtype, dim, page, heads, group):
+    case = Case([1500, 0, 1, 777, 16, 4100], vectors=vectors, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
+    check(case, 0.9)
+
+
+@pytest.mark.parametrize("batch,length", [(1, 8192), (1, 32768), (1, 131071), (3, 40000), (20, 5000), (40, 3001)])
+def test_every_size_of_cluster(batch, length):
+    check(Case([length - 7 * i for i in range(batch)], heads=8), 0.9)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("length", [300, 20000])
+def test_p(p, length):
+    check(Case([length, length // 3], heads=4), p)
+
+
+@pytest.mark.parametrize("reduce", ["softmax", "sum", "max"])
+def test_reduce(reduce):
+    check(Case([9000, 5000], heads=4), 0.9, reduce=reduce)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01])
+def test_budgets_of_everything_and_of_a_page(share):
+    check(Case([5000, 90, 17], heads=4, share=share), 0.9)
+
+
+def test_all_pages_alike():
+    case = Case([6000, 333], heads=4)
+    case.k_pages[:] = case.k_pages[:1, :, :1]
+    case.shadow[:] = case.shadow[:1]
+    codes, params = ops.quantize_bounds(case.k_pages.amax(2), case.k_pages.amin(2))
+    case.vectors = (codes, params)
+    from twilight.ops.quantize import split_shadow
+
+    stored_codes, stored_params = split_shadow(case.shadow, case.page)
+    stored_codes[:], stored_params[:] = ops.quantize(case.k_pages)
+    got = case.run(0.5)
+    # Ties are all kept, and equal scores go to the lower page.
+    want = case.budget.pages(case.page)
+    first = torch.arange(case.table.shape[1], device="cuda") < (want - 1)[..., None]
+    newest = torch.arange(case.table.shape[1], device="cuda") == (case.table.new_tensor([374, 20]))[:, None, None]
+    assert torch.equal(as_mask(got.candidates, case.table.shape[1]), first | newest)
+    tokens = (want - 1) * case.page + torch.tensor([6000 % 16 or 16, 333 % 16], device="cuda")[:, None]
+    assert torch.equal(got.pruned.selection.lengths, tokens.int())
+
+
+def test_nan_stays_in_its_row():
+    case = Case([3000, 3000, 3000], heads=2)
+    want = case.run(0.9)
+    case.q[1, 2] = torch.nan
+    got = case.run(0.9)
+    assert got.out[1, 2].isnan().all()
+    assert torch.equal(got.out[0], want.out[0]) and torch.equal(got.out[2], want.out[2])
+    assert torch.equal(got.out[1, 4:], want.out[1, 4:])
+
+
+@pytest.mark.parametrize("lengths", [[32768], [9000, 1, 4097], [3000] * 40])
+def test_twenty_runs_are_bitwise_equal(lengths):
+    case = Case(lengths, heads=8)
+    first = case.run(0.9)
+    for _ in range(20):
+        again = case.run(0.9)
+        assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
+        assert torch.equal(first.pruned.selection.lengths, again.pruned.selection.lengths)
+        assert torch.equal(first.pruned.mass, again.pruned.mass)

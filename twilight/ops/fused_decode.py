@@ -1,0 +1,290 @@
+"""Fused decode: pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p and attention in one launch.
+
+What it computes is what the operators compute one after another, `page_scores`, `top_k`, `estimate_scores`, `top_p` and
+`sparse_attention`, which is also how the reference is written. The kernel keeps everything between them in shared
+memory; see raw_kernels/fused_decode.cu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from twilight import kernels
+from twilight.budget import Budget
+from twilight.ops.page_scores import page_scores
+from twilight.ops.scratch import shared_memory
+from twilight.ops.sparse_attention import sparse_attention
+from twilight.ops.spgemv import estimate_scores
+from twilight.ops.top_k import top_k
+from twilight.ops.top_p import Pruned, top_p
+from twilight.selection import Selection
+
+_DIMS = (64, 128, 256)
+_HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
+_MAX_CLUSTER = 16
+_REDUCTIONS = ("softmax", "sum", "max")
+
+
+class FusedDecodeParams(ctypes.Structure):
+    """Mirrors the struct of raw_kernels/fused_decode.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "q", "k_pages", "v_pages", "shadow", "codes", "code_params", "page_table", "seq_lens", "page_budget",
+            "candidates", "candidate_lengths", "kept", "kept_lengths", "per_query_head", "mass", "out", "lse",
+        )),
+        *((name, ctypes.c_float) for name in ("sm_scale", "p", "bins_per_nat")),
+        *((name, ctypes.c_int) for name in (
+            "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
+            "entry_share", "stagger",
+        )),
+    ]  # fmt: skip
+
+
+STRUCTS = (FusedDecodeParams,)
+INSTANTIATIONS = tuple(
+    f"fused_decode<{kind}, {dim}, {tiles}, {vectors}, {warps}>"
+    for kind in _HALVES.values() for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
+    if dim < 256 or warps == 8
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FusedDecode:
+    """What one step leaves.
+
+    Attributes:
+        out: `[b, Hq, d]` in the type of q.
+        lse: `[b, Hq]` float32.
+        pruned: what was kept. Without `lists` the kernel leaves the indices of its selection empty, `[b, Hkv, 0]`, and
+            only the lengths are there.
+        candidates: the pages that were scored, likewise.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    pruned: Pruned
+    candidates: Selection
+
+
+def fused_decode(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    shadow: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budget: Budget | None,
+    p: float,
+    *,
+    sm_scale: float | None = None,
+    reduce: str = "softmax",
+    lists: bool = False,
+    backend: Literal["auto", "cuda", "torch"] = "auto",
+) -> FusedDecode:
+    """Choose pages by their vectors, prune their tokens to the mass p, and attend to what is left.
+
+    The newest page is always chosen and counts towards the budget.
+
+    Args:
+        q: `[b, Hq, d]`.
+        k_pages, v_pages: `[pages, Hkv, P, d]`.
+        shadow: `[pages, Hkv, P*d/2 + 4*P]` uint8, the 4-bit keys; see `twilight.ops.quantize`.
+        vectors: 8-bit vectors of each page as `page_scores` takes them, `(codes, params)`; or nothing, and every token
+            is a candidate.
+        page_table: `[b, max_pages]` int32.
+        seq_lens: `[b]` int32.
+        budget: tokens that each sequence and kv head may choose, rounded up to whole pages; None with no vectors.
+        p: mass to keep, in (0, 1].
+        sm_scale: the factor of the logits, 1/sqrt(d) by default.
+        reduce: how query heads are combined to rank pages; see `twilight.combine_group`.
+        lists: return the indices too, not only how many there are.
+        backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
+    """
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    reason = unsupported(q, k_pages, shadow, vectors, page_table, budget)
+    if kernels.use_kernel(backend, q.device, reason):
+        pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
+        return _cuda(q, *pages, budget, p, scale, reduce, lists)
+    page_size = k_pages.shape[2]
+    if vectors:
+        assert budget is not None
+        scores = page_scores(q, vectors, page_table, seq_lens, page_size=page_size, backend="torch")
+        candidates = top_k(
+            scores, budget.pages(page_size), seq_lens, granularity=page_size,
+            capacity=budget.page_capacity(page_size), reduce=reduce, scale=scale, force_newest=True, backend="torch",
+        )  # fmt: skip
+    else:
+        candidates = Selection.everything(
+            seq_lens, k_pages.shape[1], max_seq_len=page_table.shape[1] * page_size, granularity=page_size
+        )
+    # In halves, as the kernel keeps them.
+    logits = estimate_scores(
+        q, shadow, page_table, seq_lens, candidates, page_size=page_size, sm_scale=scale, out_dtype=torch.float16,
+        backend="torch",
+    )  # fmt: skip
+    pruned = top_p(logits, candidates, seq_lens, p, backend="torch")
+    out, lse = sparse_attention(
+        q, k_pages, v_pages, page_table, seq_lens, pruned.selection, sm_scale=scale, backend="torch"
+    )
+    return FusedDecode(out, lse, pruned, candidates)
+
+
+def unsupported(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    shadow: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    page_table: torch.Tensor,
+    budget: Budget | None,
+) -> str | None:
+    """Say why the kernel cannot take these, or return None."""
+    group, page_size, dim = q.shape[1] // k_pages.shape[1], k_pages.shape[2], q.shape[-1]
+    if q.dtype not in _HALVES or k_pages.dtype != q.dtype:
+        return f"q is {q.dtype} and K is {k_pages.dtype}; the kernel reads float16 and bfloat16, both alike"
+    if dim not in _DIMS:
+        return f"head_dim is {dim}; the kernel is made for {', '.join(map(str, _DIMS))}"
+    if group > 8:
+        return f"a group has {group} query heads; the kernel takes up to 8"
+    if page_size not in (16, 32):
+        return f"page_size is {page_size}; the kernel takes 16 and 32"
+    if vectors and (vectors[0].dtype != torch.uint8 or vectors[0].shape[-1] not in (dim, 2 * dim)):
+        return "the vectors of the pages are not kept in 8 bits"
+    if not all(part.is_contiguous() for part in (k_pages, shadow, *vectors)):
+        return "the pages are not contiguous"
+    if q.is_cuda:
+        shape = _shape(q, k_pages, vectors, page_table, budget)
+        if _plan(*shape, q.get_device()) is None:
+            return f"{shape[2]} candidate pages a row do not fit into the shared memory of a cluster"
+    return None
+
+
+def _shape(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    page_table: torch.Tensor,
+    budget: Budget | None,
+) -> tuple[int, int, int, int, int, int, int]:
+    """Return rows, pages and candidate pages of a row, G, d, vectors of a page, P."""
+    dim, page_size, max_pages = q.shape[-1], k_pages.shape[2], page_table.shape[1]
+    capacity = min(budget.page_capacity(page_size), max_pages) if vectors and budget is not None else max_pages
+    count = vectors[0].shape[-1] // dim if vectors else 0
+    return q.shape[0] * k_pages.shape[1], max_pages, capacity, q.shape[1] // k_pages.shape[1], dim, count, page_size
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a row is cut: blocks of a cluster, warps of a block, pages and candidate pages of a block, its bytes."""
+
+    cluster: int
+    warps: int
+    pages: int
+    entries: int
+    smem: int
+
+
+def _plan(
+    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
+) -> _Plan | None:
+    """Cut rows so that they fill the GPU once, or more often if they are many; None if a row fits no cluster."""
+    block_limit, total = shared_memory(index)
+    sizes = (1, 2, 4, 8, 16) if torch.cuda.get_device_capability(index) >= (9, 0) else (1,)
+    sms = kernels.num_sms(index)
+    # One block of 16 warps a multiprocessor. Clusters of 8 and 16 find no more than 7 eighths of them free together.
+    least = max((c for c in sizes if rows * c <= sms and c <= 8), default=1)
+    fallback = None
+    for cluster in (c for c in sizes if c >= least):
+        warps = 16 if rows * cluster <= sms and dim < 256 else 8  # 256 channels need the registers of 16 warps for 8
+        pages = -(-max_pages // (16 * cluster)) * 16
+        entries = -(-capacity // cluster)
+        plan = _Plan(
+            cluster, warps, pages, entries, _smem(pages, entries, group, dim, vectors, page_size, cluster, warps)
+        )
+        alone = warps == 16 or dim == 256
+        if plan.smem <= (block_limit if alone else min(total, _SMEM_OF_TWO) // 2) - _STATIC_SMEM:
+            return plan
+        if plan.smem <= block_limit - _STATIC_SMEM and fallback is None:
+            fallback = plan
+    return fallback
+
+
+_STATIC_SMEM = 6144
+"""What the kernel takes besides, at most, and what the GPU keeps for itself."""
+_SMEM_OF_TWO = 196 * 1024
+"""What two blocks may take together on sm_90: the rest, 60 KB, is L1, without which loads have no place to wait in."""
+
+
+def _smem(
+    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, cluster: int, warps: int
+) -> int:
+    """Return the bytes that `Layout` in raw_kernels/fused_decode.cu adds up to."""
+    tokens = entries * page_size
+    scores = max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
+    if vectors:
+        scores = max(scores, 4 * pages * (group + 1 + cluster))
+    lists = -(-8 * entries // 16) * 16 + -(-tokens // 128) * 16
+    bins = max(8192, 2048 * group * (2 if cluster > 1 else 1))
+    return scores + lists + bins + 6 * group * dim + (4 * group * dim if cluster > 1 else 0)
+
+
+def _cuda(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    shadow: torch.Tensor,
+    vectors: Sequence[torch.Tensor],
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budget: Budget | None,
+    p: float,
+    sm_scale: float,
+    reduce: str,
+    lists: bool,
+) -> FusedDecode:
+    b, q_heads, dim = q.shape
+    shape = _shape(q, k_pages, vectors, page_table, budget)
+    rows, max_pages, capacity, group, _, count, page_size = shape
+    kv_heads, index, device = rows // b, q.get_device(), q.device
+    plan = _plan(*shape, index)
+    assert plan is not None
+    n = capacity * page_size
+    counts = torch.empty(2 * rows + b * q_heads, dtype=torch.int32, device=device)
+    candidate_lengths, kept_lengths = counts[:rows].view(b, -1), counts[rows : 2 * rows].view(b, -1)
+    per_query_head = counts[2 * rows :].view(b, -1)
+    mass, lse = torch.empty((2, b, q_heads), dtype=torch.float32, device=device)
+    candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
+    kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
+    out = torch.empty((b, q_heads, dim), dtype=q.dtype, device=device)
+    # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
+    q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
+    page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
+    kernel = kernels.load(
+        "fused_decode",
+        f"fused_decode<{_HALVES[q.dtype]}, {dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
+        max_dynamic_smem=shared_memory(index)[0] - _STATIC_SMEM,
+        max_cluster=_MAX_CLUSTER,
+        device=device,
+    )
+    sms = kernels.num_sms(index)
+    params = FusedDecodeParams(
+        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
+        vectors[0].data_ptr() if vectors else None, vectors[1].data_ptr() if vectors else None,
+        page_table.data_ptr(), seq_lens.data_ptr(), None if page_budget is None else page_budget.data_ptr(),
+        candidates.data_ptr() if lists else None, candidate_lengths.data_ptr(), kept.data_ptr() if lists else None,
+        kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
+        q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
+        plan.entries, sms if plan.cluster == 1 and rows > sms else 0,
+    )  # fmt: skip
+    kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
+    return FusedDecode(
+        out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass),
+        Selection(candidates, candidate_lengths, page_size),
+    )  # fmt: skip
