@@ -364,7 +364,8 @@ def test_a_reused_page_shows_nothing_of_its_last_owner() -> None:
 def test_nbytes_by_hand() -> None:
     cache = PagedKVCache(Geometry(3, 4, 2, 128), num_rows=1, num_pages=9)
     # One page more than asked for: the one that nobody owns. bf16: 2 bytes a number.
-    assert cache.nbytes() == {"kv": 3 * 10 * 2 * 16 * 128 * 2 * 2, "shadow": 3 * 10 * 2 * 1088, "metadata": 0}
+    kv, shadow = 3 * 10 * 2 * 16 * 128 * 2 * 2, 3 * 10 * 2 * 1088
+    assert cache.nbytes() == {"kv": kv, "shadow": shadow, "metadata": 0, "state": 0}
     cache = _cache(1, 9)
     assert cache.nbytes()["metadata"] == LAYERS * 10 * HEADS * (2 * DIM * 4 + PAGE * 8)
 

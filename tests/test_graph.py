@@ -9,6 +9,7 @@ import torch
 
 from twilight import Budget, Geometry, MetadataSpec, PagedKVCache, Selection, Selector, TwilightAttention, kernels
 from twilight.graph import DecodeGraph, StaticCache
+from twilight.registry import create_selector
 
 GPU = [
     pytest.mark.gpu,
@@ -172,3 +173,53 @@ def test_a_captured_step_is_replayed_while_sequences_grow(device, selector):
     with pytest.raises(ValueError, match="row 0 holds"):
         for _ in range(100):
             graph.replay()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("h2o", {}),
+        ("snapkv", {"window": 8}),
+        ("sparq", {}),
+        ("tidal_decode", {"reselect": 2}),
+        ("streaming_llm", {"reindex": True}),
+    ],
+)
+def test_what_selectors_keep_is_replayed_bit_for_bit(device, name, options):
+    chosen = create_selector(name, **options)
+    lengths, steps = [200, 0, 31], 40
+    inv_freq = tuple(10000 ** (-c / 64) for c in range(64))
+    geometry = Geometry(3, 8, 2, 128, dtype=torch.bfloat16, device=torch.device(device), inv_freq=inv_freq)
+    generator = torch.Generator(device).manual_seed(0)
+    prompt = torch.randn(3, 2, 3, max(lengths), 2, 128, generator=generator, device=device).bfloat16()
+    seen = torch.randn(3, 3, max(lengths), 8, 128, generator=generator, device=device).bfloat16()
+    statics = []
+    for _ in range(2):
+        cache = PagedKVCache(geometry, num_rows=3, num_pages=100, selector=chosen)
+        for layer in range(3):
+            cache.layers[layer].append(*prompt[layer], lengths)
+            chosen.observe(seen[layer], cache.layers[layer])
+        statics.append(StaticCache(cache, 260))
+        statics[-1].set_active([0, 2])
+    attention = TwilightAttention(chosen, budget=0.3)
+    q, k, v = step_inputs(cache, steps)
+    here = [torch.empty_like(part[0]) for part in (q, k, v)]
+
+    def step(static):
+        return [attention.decode(here[0][i], here[1][i], here[2][i], static.layers[i]) for i in range(3)]
+
+    before = [layer.state(spec.name).clone() for layer in statics[1].layers for spec in layer.state_specs]
+    graph = DecodeGraph(statics[1], lambda: step(statics[1]))
+    after = [layer.state(spec.name) for layer in statics[1].layers for spec in layer.state_specs]
+    assert all(one.equal(other) for one, other in zip(before, after, strict=True))  # warming up has changed nothing
+    for i in range(steps):
+        for part, source in zip(here, (q, k, v), strict=True):
+            part.copy_(source[i])
+        want, have = step(statics[0]), graph.replay()
+        for layer in range(3):
+            assert have[layer][0][[0, 2]].equal(want[layer][0][[0, 2]])
+            assert have[layer][1][[0, 2]].equal(want[layer][1][[0, 2]])
+    for spec in statics[0].layers[0].state_specs:
+        for one, other in zip(statics[0].layers, statics[1].layers, strict=True):
+            assert one.state(spec.name).equal(other.state(spec.name))

@@ -16,7 +16,24 @@ from twilight import Selector
 from twilight.errors import PluginError, UnknownNameError
 from twilight.registry import DISTRIBUTION, PluginRecord, PluginWarning, Registry
 
-BUILTIN = ["block_mean", "double_sparsity", "full", "oracle_topk", "oracle_topp", "quest", "streaming_llm"]
+BUILTIN = [
+    "block_mean",
+    "double_sparsity",
+    "full",
+    "h2o",
+    "magicpig",
+    "nsa",
+    "oracle_topk",
+    "oracle_topp",
+    "pqcache",
+    "quest",
+    "snapkv",
+    "sparq",
+    "streaming_llm",
+    "tactic",
+    "tidal_decode",
+    "vattention",
+]
 
 HOOKS = """
 import twilight

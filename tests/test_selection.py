@@ -124,3 +124,9 @@ def test_lengths_outside_the_capacity_are_refused(length: int) -> None:
     indices = torch.zeros(1, 1, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="lengths: expected 0 to 3, the capacity, got"):
         Selection(indices, torch.tensor([[length]], dtype=torch.int32))
+
+
+def test_mask_lists_what_counts_and_no_padding() -> None:
+    indices = torch.tensor([[[1, 4, 4], [0, 9, 9], [9, 9, 9]]], dtype=torch.int32)
+    selection = Selection(indices, torch.tensor([[2, 1, 0]], dtype=torch.int32))
+    assert selection.mask(5).int().tolist() == [[[0, 1, 0, 0, 1], [1, 0, 0, 0, 0], [0] * 5]]

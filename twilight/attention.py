@@ -87,6 +87,7 @@ class TwilightAttention:
         """Do the rest of `decode` for tokens that have been appended already."""
         if self.is_dense(layer):
             self.stats.dense(layer)
+            self.selector.observe(q.unsqueeze(1), layer)
             return attend_densely(q, layer)
 
         step = self._one_launch(q, layer)
@@ -113,12 +114,15 @@ class TwilightAttention:
             )
         kept = self.pruner(logits, candidates, lens)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
-        return ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+        out, lse = ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+        return self.selector.finish(q, layer, kept.selection, out, lse)
 
     def _one_launch(self, q: torch.Tensor, layer: LayerCache) -> FusedDecode | None:
         """Do all stages in one kernel, where there is one for what the selector and the pruner do."""
         pruner = self.pruner
         if not q.is_cuda or type(pruner) is not TopP or not kernels.available(q.device):
+            return None
+        if type(self.selector).finish is not Selector.finish:
             return None
         ranking = self.selector.ranking(layer)
         if ranking is None:
@@ -139,8 +143,11 @@ class TwilightAttention:
         )
 
     def _check_selector(self, layer: LayerCache) -> None:
-        """Refuse a cache whose metadata is another selector's, or the same selector's with other parameters."""
-        if layer.selector != self.selector and (layer.specs or self.selector.metadata(layer.geometry)):
+        """Refuse a cache that keeps another selector's data, or the same selector's with other parameters."""
+        if layer.selector == self.selector:
+            return
+        g = layer.geometry
+        if layer.specs or layer.state_specs or self.selector.metadata(g) or self.selector.state(g):
             raise ValueError(
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"

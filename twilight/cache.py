@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ from twilight.geometry import Geometry
 from twilight.ops.quantize import shadow_bytes
 from twilight.ops.summaries import Summary
 from twilight.pages import Extension, PageTable
-from twilight.selector import MetadataSpec, Selector
+from twilight.selector import MetadataSpec, Selector, StateSpec
+from twilight.state import RowState
 
 _SUMMARIZE_PAGES = 4096
 """Pages handed to `Selector.summarize` at a time: 64k tokens, which bounds the copy of the keys that it reads."""
@@ -35,6 +37,7 @@ class LayerCache:
         self.index = index
         self.dense = dense
         self._step = 0
+        self._state = RowState(self.state_specs, cache.geometry, cache.num_rows)
         self._allocate(0, cache.table.num_pages + 1)
 
     def _allocate(self, used: int, pages: int) -> None:
@@ -99,6 +102,11 @@ class LayerCache:
         return () if self.dense else self._cache.specs
 
     @property
+    def state_specs(self) -> tuple[StateSpec, ...]:
+        """What it keeps for each row."""
+        return () if self.dense else self._cache.state_specs
+
+    @property
     def page_table(self) -> torch.Tensor:
         """`[b, max_pages]` int32: the page of each logical page; padded with page 0, which belongs to nobody."""
         return self._cache.page_table
@@ -109,9 +117,19 @@ class LayerCache:
         return self._cache.seq_lens
 
     @property
+    def new_tokens(self) -> torch.Tensor:
+        """`[b]` int32: tokens that the current step has appended to each sequence."""
+        return self._cache.new_tokens
+
+    @property
     def max_seq_len(self) -> int:
         """The longest sequence, known on the host."""
         return self._cache.max_seq_len
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """What one layer of a step leaves for the next ones. Empty when a step begins."""
+        return self._cache.scratch
 
     @property
     def capacity(self) -> int | None:
@@ -131,6 +149,29 @@ class LayerCache:
                 "Make it with PagedKVCache(..., selector=...) of the selector that decodes."
             )
         return self._metadata[name]
+
+    def state(self, name: str) -> torch.Tensor:
+        """Return a tensor that the selector declared for rows; `StateSpec` has its shape. Not to be written to."""
+        return self._state.read(name, self.max_seq_len)
+
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
+        """Replace what `state` returned, or some entries of it.
+
+        Rows without new tokens, and entries past a row's end, stay as they are: what a step computes for rows that it
+        does not concern is of no consequence. A step that is aborted takes its updates along.
+
+        Args:
+            name: which tensor.
+            value: of the shape that `state` returned; `[b, H, m, *shape]` if `entries` are given.
+            entries: `[b, m]` int64, which to replace, none of a row twice; -1 for nothing. The others are not touched,
+                so that a step costs what it changes.
+        """
+        cache = self._cache
+        # Rows that begin in this step have nothing to go back to: an aborted step empties them.
+        undo = any(length > new for length, new in zip(cache.table.lengths, cache._pending, strict=False))
+        self._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=undo, entries=entries
+        )  # fmt: skip
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
         """Add tokens to the sequences: K, V, the 4-bit copy and the selector's metadata.
@@ -157,7 +198,7 @@ class LayerCache:
             raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
         try:
-            self._write(k, v, self.page_table, self.seq_lens, self._cache._added)
+            self._write(k, v, self.page_table, self.seq_lens, self.new_tokens)
             if self._summarized:
                 self._summarize(*self._cache._touched(), self._summarized)
         except BaseException:
@@ -206,7 +247,7 @@ class PagedKVCache:
         geometry: sizes.
         num_rows: sequences, b.
         num_pages: pages to begin with.
-        selector: whose metadata is kept beside the keys.
+        selector: whose metadata is kept beside the keys, and whose state beside the rows.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
         dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
@@ -231,6 +272,7 @@ class PagedKVCache:
         self.selector = selector if selector is not None else Selector()
         self.selector.prepare(geometry)
         self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
+        self.state_specs: tuple[StateSpec, ...] = self.selector.state(geometry)
         # One launch keeps one rule; what else there is, the selector summarises.
         rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
         self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
@@ -240,8 +282,9 @@ class PagedKVCache:
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)
         self._step = 0
         self._pending: list[int] = []
-        self._added = torch.empty(0)
         self._pages_touched: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.new_tokens = torch.zeros(num_rows, dtype=torch.int32, device=geometry.device)
+        self.scratch: dict[str, Any] = {}
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
         self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
@@ -272,22 +315,34 @@ class PagedKVCache:
                     self._summarize_last_page(row, done)
             for layer in self.layers:
                 layer._step = self._step
+                layer._state.restore()
+                for row, length in enumerate(self.table.lengths):
+                    layer._state.truncate(row, length)
+            self.scratch = {}
             self._upload()
 
     def fork(self, source: int, target: int) -> None:
         """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
         self._check_between_steps()
         self.table.fork(source, target)
+        if source != target:
+            for layer in self.layers:
+                layer._state.fork(source, target)
         self._upload()
 
     def free(self, row: int) -> None:
         """Forget a row."""
         self._check_between_steps()
         self.table.free(row)
+        for layer in self.layers:
+            layer._state.free(row)
         self._upload()
 
     def truncate(self, row: int, length: int) -> None:
-        """Forget a row's tokens from position `length` on, as after a rejected speculation."""
+        """Forget a row's tokens from position `length` on, as after a rejected speculation.
+
+        The state of those tokens is forgotten with them. What their queries have added to that of earlier tokens stays.
+        """
         self._check_between_steps()
         shrinks = length < self.table.lengths[row] if 0 <= row < self.num_rows else False
         try:
@@ -301,22 +356,29 @@ class PagedKVCache:
         self._upload()
         if shrinks:
             self._summarize_last_page(row, self.layers)
+            for layer in self.layers:
+                layer._state.truncate(row, length)
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Make row i what row `rows[i]` was: beam reorder, repeat, drop. The number of rows may change."""
         if not len(rows):
             raise ValueError("rows: expected at least one row")
         self._check_between_steps()
-        self.table.select([int(row) for row in rows])
+        rows = [int(row) for row in rows]
+        self.table.select(rows)
+        for layer in self.layers:
+            layer._state.select(rows)
+        self.new_tokens = self.new_tokens[torch.tensor(rows, device=self.geometry.device)]
         self._upload()
 
     def nbytes(self) -> dict[str, int]:
-        """Return bytes held: ``kv``, ``shadow`` and ``metadata``."""
-        total = {"kv": 0, "shadow": 0, "metadata": 0}
+        """Return bytes held: ``kv``, ``shadow``, ``metadata`` and ``state``."""
+        total = {"kv": 0, "shadow": 0, "metadata": 0, "state": 0}
         for layer in self.layers:
             total["kv"] += layer.k_pages.nbytes + layer.v_pages.nbytes
             total["shadow"] += layer.shadow.nbytes
             total["metadata"] += sum(buffer.nbytes for buffer in layer._metadata.values())
+            total["state"] += layer._state.nbytes
         return total
 
     def _begin(self, layer: LayerCache, counts: list[int]) -> None:
@@ -328,14 +390,19 @@ class PagedKVCache:
                 )
             return
         self._check_between_steps(f"layer {layer.index} appends again")
+        needed = self.table.pages_needed(counts)
         if self._growable:
-            self._grow(self.table.pages_needed(counts) - self.table.num_free)
+            self._grow(needed - self.table.num_free)
+        self._reserve_state(max(old + new for old, new in zip(self.table.lengths, counts, strict=True)))
         self._copy_pages(self.table.extend(counts))
+        for each in self.layers:
+            each._state.commit()
+        self.scratch = {}
         self._step += 1
         self._pending = counts
         self._upload()
         # Once a step, not in every layer: each is a copy to the device.
-        self._added = torch.tensor(counts, dtype=torch.int32).to(self.geometry.device)
+        self.new_tokens = torch.tensor(counts, dtype=torch.int32).to(self.geometry.device)
         self._pages_touched = None
 
     def _budget(self, policy: UniformBudget) -> Budget:
@@ -376,6 +443,10 @@ class PagedKVCache:
         for layer in self.layers:
             layer._allocate(old + 1, pages + 1)
         self.table.grow(pages)
+
+    def _reserve_state(self, tokens: int) -> None:
+        for layer in self.layers:
+            layer._state.reserve(tokens)
 
     def _copy_pages(self, extension: Extension) -> None:
         if not extension.copies:

@@ -23,6 +23,8 @@ class Geometry:
         device: where K and V live.
         scaling: the factor of the logits; 1/sqrt(d) by default.
         layer_ids: the model's number of each layer, for selectors that are calibrated by layer; 0, 1, ... by default.
+        inv_freq: rotary embedding of queries and keys: of the first 2n channels, the pair (c, c + n) is turned by
+            inv_freq[c] radians a position. Empty if there is none, or it is not known.
     """
 
     num_layers: int
@@ -34,6 +36,7 @@ class Geometry:
     device: torch.device = torch.device("cpu")
     scaling: float | None = None
     layer_ids: tuple[int, ...] = ()
+    inv_freq: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_q_heads", "num_kv_heads", "head_dim", "page_size"):
@@ -53,6 +56,11 @@ class Geometry:
         object.__setattr__(self, "layer_ids", tuple(self.layer_ids) or tuple(range(self.num_layers)))
         if len(self.layer_ids) != self.num_layers:
             raise ValueError(f"layer_ids: expected {self.num_layers} numbers, got {len(self.layer_ids)}")
+        object.__setattr__(self, "inv_freq", tuple(self.inv_freq))
+        if 2 * len(self.inv_freq) > self.head_dim:
+            raise ValueError(
+                f"inv_freq: expected at most head_dim / 2 = {self.head_dim // 2}, got {len(self.inv_freq)}"
+            )
 
     @property
     def group_size(self) -> int:

@@ -46,9 +46,29 @@ class StaticLayer:
         return self._static.seq_lens
 
     @property
+    def new_tokens(self) -> torch.Tensor:
+        """`[b]` int32: tokens that the current step has appended to each sequence."""
+        return self._static._added
+
+    @property
     def max_seq_len(self) -> int:
         """How long a sequence may become."""
         return self._static.max_seq_len
+
+    @property
+    def scratch(self) -> dict[str, Any]:
+        """What one layer of a step leaves for the next ones. Empty when a step begins."""
+        return self._static.scratch
+
+    def state(self, name: str) -> torch.Tensor:
+        """Return a tensor that the selector declared for rows, as `LayerCache.state` does."""
+        return self._layer._state.read(name, self.max_seq_len)
+
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
+        """Replace what `state` returned, in place, as `LayerCache.update_state` does."""
+        self._layer._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=False, entries=entries
+        )  # fmt: skip
 
     def budget(self, policy: UniformBudget) -> Budget:
         """Return what `policy` gives each row at this step. All layers of a step share it."""
@@ -105,6 +125,7 @@ class StaticCache:
             cache._grow(table.pages_needed(room) - table.num_free)
         cache._copy_pages(table.extend(room))
         cache._upload()
+        cache._reserve_state(max_seq_len)
         device = cache.geometry.device
         self.max_seq_len = max_seq_len
         self.geometry = cache.geometry
@@ -115,6 +136,7 @@ class StaticCache:
         self._active = [length > 0 for length in self.lengths]
         self._ones = torch.tensor(self._active, dtype=torch.int32, device=device)
         self._added = self._ones
+        self.scratch: dict[str, Any] = {}
         self._step = 0
         self._budgets: dict[UniformBudget, Budget] = {}
 
@@ -133,6 +155,8 @@ class StaticCache:
         self.lengths[row] = 0
         self.set_active([other for other in self.active if other != row])
         self.seq_lens[row] = 0
+        for layer in self._cache.layers:
+            layer._state.free(row)
 
     def release(self) -> PagedKVCache:
         """Hand the pages that were not needed back, and return the cache."""
@@ -159,6 +183,7 @@ class StaticCache:
             self._advance([int(active) for active in self._active] if new_tokens is None else new_tokens)
         self._step += 1
         self._budgets = {}
+        self.scratch = {}
         self.seq_lens.add_(self._added)
 
     def _budget(self, policy: UniformBudget) -> Budget:

@@ -133,10 +133,10 @@ def _totals(result: dict[str, Any]) -> Table:
     table.add_row("tokens per second", f"{speed}, {result['device']} {result['dtype']}")
     table.add_row("KV bytes read, sparse layers", _share(read["sparse_layers"], read["sparse_layers_dense"]))
     table.add_row("KV bytes read, all layers", _share(read["all_layers"], read["all_layers_dense"]))
-    extra = memory["shadow"] + memory["metadata"]
+    extra = memory["shadow"] + memory["metadata"] + memory["state"]
     table.add_row(
         "memory beside K and V",
-        f"{_mb(memory['shadow'])} 4-bit keys, {_mb(memory['metadata'])} selector, "
+        f"{_mb(memory['shadow'])} 4-bit keys, {_mb(memory['metadata'] + memory['state'])} selector, "
         f"{100 * extra / memory['kv']:.1f} % of {_mb(memory['kv'])} K and V (pool of the sparse layers)",
     )
     if result["device"] == "cpu":

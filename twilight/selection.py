@@ -63,6 +63,12 @@ class Selection:
         slots = torch.arange(self.capacity, device=self.indices.device)
         return slots < self.lengths.unsqueeze(-1)
 
+    def mask(self, size: int) -> torch.Tensor:
+        """Return `[b, Hkv, size]` bool: which tokens, or pages, are listed. None of them may be `size` or above."""
+        where = self.indices.long().masked_fill(~self.counted(), size)
+        listed = torch.zeros((*where.shape[:2], size + 1), dtype=torch.bool, device=where.device)
+        return listed.scatter_(-1, where, True)[..., :size]
+
     def positions(self, seq_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Spell the entries out as tokens.
 

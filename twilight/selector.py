@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -61,6 +62,41 @@ class PageRanking:
     reduce: str = "softmax"
 
 
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor that a selector keeps for each row and that is no function of a page's keys.
+
+    Accumulated scores, evicted tokens, centroids, codebooks. Pages may be shared by rows, this never is: it is copied
+    when a row is forked, moves with its row, and begins at `fill` when a row is freed.
+
+    Attributes:
+        name: how the selector finds it again, `layer.state(name)`.
+        shape: trailing sizes, of one entry of one head.
+        dtype: its type.
+        per: ``"row"`` is one entry a row, `[b, H, *shape]`. ``"token"`` is one for every `stride` tokens,
+            `[b, H, ceil(max_seq_len / stride), *shape]`; entries past a row's end hold `fill`, so that a new token
+            finds it there, and so does a token that takes the place of one cut off.
+        stride: tokens an entry speaks of.
+        heads: whether H is ``"kv"`` heads or ``"query"`` heads.
+        fill: what entries begin with.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per: Literal["row", "token"] = "row"
+    stride: int = 1
+    heads: Literal["kv", "query"] = "kv"
+    fill: float = 0
+
+    def bytes_per_token(self, geometry: Geometry) -> float:
+        """Return the bytes of one token of one kv head; nothing for what is kept once a row."""
+        if self.per == "row":
+            return 0.0
+        heads = geometry.group_size if self.heads == "query" else 1
+        return heads * math.prod(self.shape) * self.dtype.itemsize / self.stride
+
+
 class Selector:
     """Proposes B0 candidate tokens for each kv head, generously; a pruner cuts the set down afterwards.
 
@@ -116,6 +152,21 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__}.label_channels")
 
+    def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
+        """Return the tensors to be kept for each row; none by default. Written with `layer.update_state`."""
+        return ()
+
+    def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
+        """See tokens that are attended to densely: a prompt, a chunk of one, a short or speculative step.
+
+        Called for each layer once the tokens are in the cache. A prompt in chunks is as many calls, each with the
+        queries of its chunk; what must not depend on the chunks is carried in the state.
+
+        Args:
+            q: `[b, n, Hq, d]`, rotated. Of row i the first `layer.new_tokens[i]` are real, and are its last tokens.
+            layer: the layer's cache.
+        """
+
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         """Propose candidates.
 
@@ -133,16 +184,34 @@ class Selector:
         """Say that `select` is a ranking of pages, which one kernel can then do together with the stages after it.
 
         None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
-        `budget.pages(P)` of them, the newest always among these.
+        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage.
         """
         return None
+
+    def finish(
+        self, q: torch.Tensor, layer: LayerCache, kept: Selection, out: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """End the step that `select` began: see what was attended to, and correct the result where the method does.
+
+        Args:
+            q: `[b, Hq, d]`, as in `select`.
+            layer: the layer's cache.
+            kept: the tokens or pages that were read. `ops.attention_weights` gives what each weighed.
+            out: `[b, Hq, d]`, in the type of q.
+            lse: `[b, Hq]` float32.
+
+        Returns:
+            `(out, lse)` of the step; as they came by default.
+        """
+        return out, lse
 
     def bytes_per_token(self, geometry: Geometry) -> float:
         """Return the bytes that `select` reads for each token of the sequence and kv head.
 
-        By default its metadata, all of it. What a report calls "KV bytes read" counts this.
+        By default its metadata and its state, all of it. What a report calls "KV bytes read" counts this.
         """
-        return sum(spec.bytes_per_token(geometry.page_size) for spec in self.metadata(geometry))
+        stored = sum(spec.bytes_per_token(geometry.page_size) for spec in self.metadata(geometry))
+        return stored + sum(spec.bytes_per_token(geometry) for spec in self.state(geometry))
 
 
 REDUCTIONS = ("softmax", "sum", "max")

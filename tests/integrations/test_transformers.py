@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'"
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import twilight  # noqa: E402
-from twilight import NoPruning, Selection, Selector, TopP  # noqa: E402
+from twilight import NoPruning, Selection, Selector, StateSpec, TopP, ops  # noqa: E402
 from twilight.errors import UnsupportedModelError  # noqa: E402
 
 SMALL = {
@@ -46,6 +46,22 @@ class Everything(Selector):
         return Selection.everything(
             layer.seq_lens, layer.geometry.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=1
         )
+
+
+class Queries(Everything):
+    """Keeps every query that it observes, in its token's place."""
+
+    name = "queries"
+
+    def state(self, geometry):
+        return (StateSpec("q", (geometry.head_dim,), torch.float32, per="token", heads="query", fill=-9),)
+
+    def observe(self, q, layer):
+        where = ops.new_positions(layer.seq_lens, layer.new_tokens, q.shape[1])
+        kept = layer.state("q").clone()
+        for row, column in (where >= 0).nonzero().tolist():
+            kept[row, :, where[row, column]] = q[row, column]
+        layer.update_state("q", kept)
 
 
 class Newest(Selector):
@@ -143,6 +159,49 @@ def test_chunked_prefill_with_left_padding_matches_one_pass(model, chunk):
     got = torch.cat(parts, dim=1)
     for row, pads in enumerate((0, 13, 26)):
         torch.testing.assert_close(got[row, pads:], whole[row, pads:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_a_selector_observes_each_token_of_a_prompt_once_and_in_its_place(chunk):
+    model = make("llama")
+    ids, mask = prompt(rows=3)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.inference_mode(), twilight.attach(model, Queries(), min_context=1000) as handle:
+        cache = handle.cache()
+        for start in range(0, 50, chunk):
+            stop = min(50, start + chunk)
+            step = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            model(ids[:, start:stop], past_key_values=cache, **step)
+        cache.batch_select_indices(torch.tensor([2, 0, 1]))
+        for row, (first, length) in enumerate([(26, 24), (0, 50), (13, 37)]):
+            alone = handle.cache()
+            source = (row + 2) % 3
+            model(ids[source : source + 1, first:], past_key_values=alone)
+            for mine, other in zip(cache.paged.layers, alone.paged.layers, strict=True):
+                torch.testing.assert_close(mine.state("q")[row, :, :length], other.state("q")[0], rtol=1e-4, atol=1e-4)
+                assert (mine.state("q")[row, :, length:] == -9).all()
+                assert (other.state("q") != -9).all()
+
+
+def test_sparse_steps_are_not_observed_but_finished():
+    fed = []
+
+    class Fed(Queries):
+        def finish(self, q, layer, kept, out, lse):
+            fed.append((layer.index, layer.max_seq_len, kept.lengths.tolist()))
+            return out, lse
+
+    model = make("llama")
+    ids, _ = prompt(rows=1)
+    with torch.inference_mode(), twilight.attach(model, Fed(), p=1.0) as handle:
+        cache = handle.cache()
+        model(ids, past_key_values=cache)
+        assert fed == []
+        model(ids[:, :1], past_key_values=cache)
+        assert fed == [(2, 51, [[51, 51]]), (3, 51, [[51, 51]])]
+        assert (cache.paged.layers[0].state("q")[0, :, 50] == -9).all()
+        model(ids[:, :2], past_key_values=cache)
+        assert len(fed) == 2 and (cache.paged.layers[0].state("q")[0, :, 51:] != -9).all()
 
 
 def test_a_selector_that_forgets_changes_the_text():
@@ -378,6 +437,59 @@ def test_a_model_with_a_scale_of_its_own_keeps_its_mass_and_its_logits(multiplie
             model(ids, past_key_values=cache)
             got = model(ids[:, :1], past_key_values=cache).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_frequencies_of_the_rotation_are_found(model):
+    with twilight.attach(model, Everything()) as handle:
+        dim = handle._geometry.head_dim
+        wanted = [10000 ** (-2 * c / dim) for c in range(dim // 2)]
+        assert list(handle._geometry.inv_freq) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "found"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, True),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, True),
+        ({"rope_type": "dynamic", "factor": 4.0}, False),
+    ],
+)
+def test_frequencies_that_are_scaled(scaling, found):
+    theta = {"rope_theta": 10000.0}
+    key = "rope_parameters" if hasattr(transformers.LlamaConfig(), "rope_parameters") else "rope_scaling"
+    model = make("llama", **{key: {**scaling, **theta}})
+    with twilight.attach(model, Everything()) as handle:
+        inv_freq = handle._geometry.inv_freq
+    assert bool(inv_freq) == found
+    if found:
+        assert list(inv_freq) == pytest.approx(model.model.rotary_emb.inv_freq.tolist())
+        assert inv_freq[-1] != pytest.approx(10000 ** (-14 / 16), rel=1e-3)
+
+
+def test_a_model_that_pairs_its_channels_otherwise_is_not_said_to_be_known():
+    torch.manual_seed(0)
+    config = transformers.CohereConfig(**SMALL, num_key_value_heads=2)
+    with twilight.attach(AutoModelForCausalLM.from_config(config).eval(), Everything()) as handle:
+        assert handle._geometry.inv_freq == ()
+
+
+def test_streaming_llm_reindexed_decodes_as_if_the_text_were_sinks_and_window():
+    from twilight_selectors.streaming_llm import StreamingLLM
+
+    # One layer: its keys and values are functions of token and position, whatever was attended to.
+    model = make("llama", num_hidden_layers=1)
+    ids, _ = prompt(rows=1)
+    same = []
+    with torch.inference_mode():
+        wanted = model(torch.cat([ids[:, :4], ids[:, -8:]], dim=1)).logits[:, -1]
+        for reindex in (True, False):
+            selector = StreamingLLM(4, reindex=reindex)
+            with twilight.attach(model, selector, p=1.0, budget=12, dense_layers=0) as handle:
+                cache = handle.cache()
+                model(ids[:, :-1], past_key_values=cache)
+                got = model(ids[:, -1:], past_key_values=cache).logits[:, -1]
+            same.append(torch.allclose(got, wanted, rtol=1e-4, atol=1e-4))
+    assert same == [True, False]
 
 
 def test_a_model_that_is_let_go_is_freed():

@@ -25,6 +25,7 @@ from twilight.calibration import default_calibration
 from twilight.checks import check_p, check_positive
 from twilight.geometry import Geometry
 from twilight.integrations.transformers_cache import TwilightCache, TwilightLayer
+from twilight.integrations.transformers_rotary import rotary_frequencies
 from twilight.ops.dense_attention import gather_dense
 from twilight.pruner import Pruner, TopP
 from twilight.registry import create_selector
@@ -158,6 +159,8 @@ class Handle:
         if steps == 1 and not self.attention.is_dense(pages):
             out, _ = self.attention.attend(query[:, :, 0], pages)
             return out.unsqueeze(1), None
+        seen = cache.compact(query)
+        self.attention.selector.observe(seen.transpose(1, 2), pages)
         if steps > 1 and layer.columns == steps:
             # The first chunk of a prompt: everything there is to attend to has just been handed over.
             return self._sdpa(module, query, key, value, self._mask_4d(mask, query, key), scaling, **kwargs)
@@ -174,7 +177,7 @@ class Handle:
             # What is padding sees the first token, so that its softmax is over something; nobody reads it.
             last = last.minimum(pages.seq_lens[:, None] - 1).clamp(min=0)
             visible = torch.arange(longest, device=query.device) <= last[:, None, :, None]
-        out, _ = self._sdpa(module, cache.compact(query), k, v, visible, scaling, **kwargs)
+        out, _ = self._sdpa(module, seen, k, v, visible, scaling, **kwargs)
         return cache.restore(out.transpose(1, 2)).transpose(1, 2).contiguous(), None
 
     def _sdpa(
@@ -228,7 +231,8 @@ def attach(
     """Make a transformers model decode with Twilight.
 
     Prompts are attended to densely; each further token goes through select, estimate, prune, attend. Steps of several
-    tokens (chunked prefill, verification of speculated tokens) are dense over the cache.
+    tokens (chunked prefill, verification of speculated tokens) are dense over the cache. The selector observes the
+    queries of all dense steps.
 
     Args:
         model: a causal language model that uses transformers' attention interface.
@@ -282,6 +286,7 @@ def attach(
         device=model.device,
         scaling=modules[0].scaling,
         layer_ids=sparse or (0,),
+        inv_freq=rotary_frequencies(model, modules),
     )
     if not sparse:
         raise UnsupportedModelError(

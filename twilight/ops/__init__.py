@@ -1,12 +1,16 @@
 """Operators: one file each, with the public function and the torch reference that specifies it."""
 
 from twilight.ops.append import append
+from twilight.ops.attention_mass import attention_mass
+from twilight.ops.attention_weights import attention_weights
 from twilight.ops.budget import budget
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.fused_decode import fused_decode
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
+from twilight.ops.paging import new_positions
 from twilight.ops.quantize import dequantize, quantize
+from twilight.ops.rotate import rotate
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
@@ -16,6 +20,8 @@ from twilight.ops.top_p import keep_all, top_p
 __all__ = [
     "Summary",
     "append",
+    "attention_mass",
+    "attention_weights",
     "budget",
     "dense_attention",
     "dequantize",
@@ -26,11 +32,13 @@ __all__ = [
     "keep_all",
     "key_labels",
     "merge",
+    "new_positions",
     "page_bounds",
     "page_means",
     "page_scores",
     "quantize",
     "quantize_bounds",
+    "rotate",
     "sparse_attention",
     "top_k",
     "top_p",

@@ -38,3 +38,16 @@ def gather_tokens(
     page, slot = locate(positions, page_table, page_size)
     heads = torch.arange(pages.shape[1], device=pages.device)[None, :, None]
     return pages[page, heads, slot]
+
+
+def new_positions(seq_lens: torch.Tensor, new_tokens: torch.Tensor, steps: int) -> torch.Tensor:
+    """Return `[b, steps]` int64: where the tokens of a step stand, of row i the last `new_tokens[i]`; -1 for the rest.
+
+    Args:
+        seq_lens: `[b]` int32, the new tokens counted.
+        new_tokens: `[b]` int32.
+        steps: n.
+    """
+    offsets = torch.arange(steps, device=seq_lens.device)
+    positions = (seq_lens - new_tokens).long()[:, None] + offsets
+    return positions.masked_fill(offsets >= new_tokens[:, None], -1)
