@@ -3,6 +3,7 @@
 from twilight.ops.append import append
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.fused_decode import fused_decode
+from twilight.ops.label_scores import label_scores
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.quantize import dequantize, quantize
@@ -20,6 +21,7 @@ __all__ = [
     "exact_logits",
     "fused_decode",
     "keep_all",
+    "label_scores",
     "merge",
     "page_scores",
     "quantize",

@@ -56,9 +56,9 @@ def quantize(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return low | (high << 4), torch.cat([scale, zero], dim=-1)
 
 
-def unpack(codes: torch.Tensor) -> torch.Tensor:
-    """Return the codes `[..., d]` uint8 of packed bytes `[..., d/2]`."""
-    return torch.cat([codes & 15, codes >> 4], dim=-1)
+def unpack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
+    """Return the codes `[..., d]` uint8 of packed bytes `[..., d*bits/8]`."""
+    return torch.cat([(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
 
 
 def dequantize(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
