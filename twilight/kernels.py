@@ -87,6 +87,7 @@ class Kernel:
         smem: int = 0,
         *,
         cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream of the kernel's device.
 
@@ -96,6 +97,7 @@ class Kernel:
             params: passed by value; copied before this returns.
             smem: bytes of dynamic shared memory.
             cluster: blocks of a cluster along x, divides the grid; compute capability 9.0.
+            cooperative: blocks wait for each other; the driver sees to it that all run at once, or refuses.
         """
         if 0 in grid:
             return
@@ -105,6 +107,14 @@ class Kernel:
                 return self.launch(grid, block, params, smem, cluster=cluster)
         # A pointer of this call's own: two threads may launch the same kernel.
         pointer = ctypes.c_void_p(ctypes.addressof(params))
+        if cooperative:
+            from cupy_backends.cuda.api import driver
+
+            with torch.cuda.device(device):
+                driver.launchCooperativeKernel(
+                    self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer)
+                )
+            return
         if cluster > 1:
             clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
         else:

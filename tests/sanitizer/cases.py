@@ -263,6 +263,25 @@ def top_k(at: At) -> Iterator[Any]:
             yield chosen.indices, chosen.lengths
 
 
+@case("token_top_k")
+def token_top_k(at: At) -> Iterator[Any]:
+    # Teams of one block and of several a row, on halves and on floats.
+    for n, rows, dtype in ((20000, 1, torch.float16), (13000, 70, torch.float32), (70001, 1, torch.float32)):
+        scores, counts = at.randn(rows, 4, n).to(dtype), at.ints([[n // 4, 9]] * rows)
+        chosen = at.run(ops.top_k, scores, counts, at.ints([n] * rows), granularity=1, capacity=n // 4)
+        yield chosen.indices, chosen.lengths
+
+
+@case("label_scores")
+def label_scores(at: At) -> Iterator[Any]:
+    for (group, dim, page, dtype), r, bits in zip(SHAPES, (16, 32, 10), (4, 2, None), strict=True):
+        cache = at.cache(RAGGED, group=group, dim=dim, page=page, dtype=dtype)
+        channels = torch.stack([torch.randperm(dim, generator=at.generator)[:r] for _ in range(cache.k_pages.shape[1])])
+        channels = at.put(channels.int())
+        label = ops.key_labels(cache.k_pages, channels, bits)
+        yield at.run(ops.label_scores, cache.q, label, channels, cache.table, cache.seq_lens, with_lse=True)
+
+
 @case("spgemv")
 def spgemv(at: At) -> Iterator[Any]:
     for heads, (group, dim, page, _), out in zip((2, 3, 1), SHAPES, (torch.half, torch.float, torch.half), strict=True):
