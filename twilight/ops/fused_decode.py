@@ -28,7 +28,7 @@ from twilight.selection import Selection
 from twilight.selector import check_reduce
 
 _DIMS = (64, 128, 256)
-_HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
+_HALVES = (torch.float16, torch.bfloat16)
 _MAX_CLUSTER = 16
 _REDUCTIONS = ("softmax", "sum", "max")
 
@@ -51,8 +51,8 @@ class FusedDecodeParams(ctypes.Structure):
 
 STRUCTS = (FusedDecodeParams,)
 INSTANTIATIONS = tuple(
-    f"fused_decode<{kind}, {dim}, {tiles}, {vectors}, {warps}>"
-    for kind in _HALVES.values() for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
+    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}>"
+    for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
     if dim < 256 or warps == 8
 )  # fmt: skip
 
@@ -280,7 +280,7 @@ def _cuda(
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
     kernel = kernels.load(
         "fused_decode",
-        f"fused_decode<{_HALVES[q.dtype]}, {dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
+        f"fused_decode<{dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
         max_dynamic_smem=shared_memory(index)[0] - _STATIC_SMEM,
         max_cluster=_MAX_CLUSTER,
         device=device,
