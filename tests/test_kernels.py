@@ -213,7 +213,7 @@ def test_a_cluster_launch_is_laid_out_as_in_cuda_h(machine, monkeypatch):
         assert driver.function == 1001 and driver.params == (cluster, 0.5)
     driver.status = 912
     with pytest.raises(
-        RuntimeError, match=r"launch of \(8, 2, 3\) blocks in clusters of 4: invalid cluster size .* 912"
+        RuntimeError, match=r"of \(8, 2, 3\) blocks in clusters of 4: invalid cluster size .* 912"
     ):
         kernels.load("append", APPEND).launch((8, 2, 3), (64, 5, 6), Params(5, 0.5), 512, cluster=4)
 
