@@ -182,6 +182,42 @@ def test_clusters_go_to_the_driver_with_their_size(machine, monkeypatch):
     assert not machine.launches
 
 
+class Driver:
+    """Stands in for libcuda: keeps what `cuLaunchKernelEx` was handed."""
+
+    status = 0
+
+    def cuLaunchKernelEx(self, config, function, arguments, extra):
+        self.config, self.function = config._obj, function.value
+        first = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[0]
+        self.params = Params.from_address(first).x, Params.from_address(first).y
+        assert extra is None
+        return self.status
+
+    def cuGetErrorString(self, status, text):
+        text._obj.value = b"invalid cluster size"
+
+
+def test_a_cluster_launch_is_laid_out_as_in_cuda_h(machine, monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(clusters, "_driver", lambda: driver)
+    for cluster in (4, 8, 4):
+        kernels.load("append", APPEND).launch((8, 2, 3), (64, 5, 6), Params(cluster, 0.5), 512, cluster=cluster)
+        raw = (ctypes.c_uint * 7).from_buffer(driver.config)
+        assert list(raw) == [8, 2, 3, 64, 5, 6, 512]
+        pointers = (ctypes.c_void_p * 2).from_buffer(driver.config, 32)
+        assert pointers[0] == 7000
+        attribute = (ctypes.c_uint * 18).from_address(pointers[1])  # id, padding, and 64 bytes of value
+        assert list(attribute)[:5] == [4, 0, cluster, 1, 1]
+        assert (ctypes.c_uint * 1).from_buffer(driver.config, 48)[0] == 1
+        assert driver.function == 1001 and driver.params == (cluster, 0.5)
+    driver.status = 912
+    with pytest.raises(
+        RuntimeError, match=r"of \(8, 2, 3\) blocks in clusters of 4: invalid cluster size .* 912"
+    ):
+        kernels.load("append", APPEND).launch((8, 2, 3), (64, 5, 6), Params(5, 0.5), 512, cluster=4)
+
+
 # Sources.
 
 

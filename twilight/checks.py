@@ -41,7 +41,7 @@ def check_tensor(
         if value.dtype not in allowed:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
             raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and not _same_device(value.device, device):
+    if device is not None and value.device != device and not _same_device(value.device, device):
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     return value
 

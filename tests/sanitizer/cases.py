@@ -330,18 +330,18 @@ def dense_attention(at: At) -> Iterator[Any]:
 
 @case("fused_decode")
 def fused_decode(at: At) -> Iterator[Any]:
-    # One row in the largest cluster, rows in small ones, and more rows than clusters help.
-    for lengths, heads, group, dim, page, dtype in (
-        ((1500,), 1, 4, 128, 16, torch.bfloat16),
-        (RAGGED, 2, 8, 64, 32, torch.float16),
-        ((300, 97), 1, 1, 256, 16, torch.float16),
-        ((100,) * 70, 2, 4, 128, 16, torch.bfloat16),
+    bounds, means, none = (("bounds", 8), 0.9, True), (("mean", 8), 0.5, False), (None, 0.999, True)
+    # One row in the largest cluster, rows in small ones, and more rows than there are multiprocessors.
+    for lengths, heads, group, dim, page, dtype, kinds in (
+        ((1500,), 1, 4, 128, 16, torch.bfloat16, (bounds, means, none)),
+        (RAGGED, 2, 8, 64, 32, torch.float16, (bounds, means, none)),
+        ((300, 97), 1, 1, 256, 16, torch.float16, (bounds, none)),
+        ((40,) * 70, 2, 4, 128, 16, torch.bfloat16, (means,)),
     ):
         cache = at.cache(lengths, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
         pages, paged = (cache.k_pages, cache.v_pages, cache.shadow), (cache.table, cache.seq_lens)
-        for what, p in ((("bounds", 8), 0.9), (("mean", 8), 0.5), (None, 0.999)):
+        for what, p, lists in kinds:
             vectors, budget = (cache.vectors(*what), cache.budget(0.4)) if what else ((), None)
-            for lists in (True, False):
-                step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists)
-                yield step.out, step.lse, step.candidates.lengths
-                yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass
+            step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists)
+            yield step.out, step.lse, step.candidates.lengths
+            yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass

@@ -268,23 +268,19 @@ def _cuda(
     plan = _plan(*shape, index)
     assert plan is not None
     n = capacity * page_size
-    counts = torch.empty(2 * rows + b * q_heads, dtype=torch.int32, device=device)
-    candidate_lengths, kept_lengths = counts[:rows].view(b, -1), counts[rows : 2 * rows].view(b, -1)
-    per_query_head = counts[2 * rows :].view(b, -1)
-    mass, lse = torch.empty((2, b, q_heads), dtype=torch.float32, device=device)
+    # An allocation each: two views of one take longer.
+    candidate_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
+    kept_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
+    per_query_head = torch.empty((b, q_heads), dtype=torch.int32, device=device)
+    mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
+    lse = torch.empty((b, q_heads), dtype=torch.float32, device=device)
     candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
     kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
     out = torch.empty((b, q_heads, dim), dtype=q.dtype, device=device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
-    kernel = kernels.load(
-        "fused_decode",
-        f"fused_decode<{dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
-        max_dynamic_smem=shared_memory(index)[0] - _STATIC_SMEM,
-        max_cluster=_MAX_CLUSTER,
-        device=device,
-    )
+    kernel = _kernel(dim, group, count, plan.warps, index)
     sms = kernels.num_sms(index)
     params = FusedDecodeParams(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
@@ -301,3 +297,10 @@ def _cuda(
         out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass),
         Selection(candidates, candidate_lengths, page_size),
     )  # fmt: skip
+
+
+@functools.cache
+def _kernel(dim: int, group: int, vectors: int, warps: int, device: int) -> kernels.Kernel:
+    expression = f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}>"
+    smem = shared_memory(device)[0] - _STATIC_SMEM
+    return kernels.load("fused_decode", expression, max_dynamic_smem=smem, max_cluster=_MAX_CLUSTER, device=device)
