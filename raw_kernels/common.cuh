@@ -79,6 +79,25 @@ __device__ __forceinline__ half to_half_clamped(float x) {
   return __float2half_rn(fabsf(x) < inf() ? c : x);
 }
 
+// Two halves in a word, finite or NaN: what does not fit becomes +-65504, an infinity too. Volatile, so that it is not sunk into a branch that stores it.
+__device__ __forceinline__ u32 pack2_saturated(float lo, float hi) {
+  u32 pair;
+  asm volatile("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+  return pair;
+}
+
+// ---- addresses ----
+
+// base + index * stride in one instruction.
+__device__ __forceinline__ const u8* mad_wide(const u8* base, u32 index, u32 stride) {
+  const u8* sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(index), "r"(stride), "l"(base));
+  return sum;
+}
+// Keeps a value in a register: what it was made of is forgotten, so that it is not made again at every use.
+__device__ __forceinline__ void opaque(u32& x) { asm("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(const u8*& x) { asm("" : "+l"(x)); }
+
 // ---- loads ----
 
 // Read once, by one thread: through the read-only path without a line in L1.

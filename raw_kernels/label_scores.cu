@@ -56,7 +56,7 @@ struct Layout {
   static constexpr bool kNative = kBits == 16;
   static constexpr int kBytes = R * kBits / 8;                                    // of a label
   static constexpr int kLanes = kNative || R == 64 ? 4 : R == 32 || (R == 16 && Heads > 4) ? 2 : 1;  // that hold it: the more, the fewer registers the query takes
-  static constexpr int kPart = kBytes / kLanes;                                   // bytes of it in a lane: 2 to 32
+  static constexpr int kPart = kBytes / kLanes;                                   // bytes of it in a lane, 2 to 32
   static constexpr int kRaw = kPart < 4 ? 1 : kPart / 2;                          // words of a lane's two tokens
   static constexpr int kWords = R / (kNative ? 2 : 4) / kLanes;                   // ... of one token, spread out: 4 bytes or 2 halves each
   static constexpr int kSteps = ceil_div(kWords, 2);                              // mma
@@ -93,7 +93,7 @@ __device__ __forceinline__ void spread(u32 (&words)[Layout<Label, R, Heads>::kSt
 #pragma unroll
     for (int j = 0; j < L::kSteps * 2; ++j) words[j] = j < L::kWords ? raw[which * L::kWords + j] : 0;
   } else if constexpr (L::kPart == 2) {
-    // 8 channels in 2 bits: codes 0 and 2 of both bytes, then codes 1 and 3.
+    // 8 channels of 2 bits: codes 0 and 2 of both bytes, then codes 1 and 3.
     const u32 bytes = __byte_perm(raw[0], raw[0] >> 4, which ? 0x7632 : 0x5410);
     words[0] = bytes & 0x03030303u, words[1] = bytes >> 2 & 0x03030303u;
   } else {
@@ -108,22 +108,15 @@ __device__ __forceinline__ void spread(u32 (&words)[Layout<Label, R, Heads>::kSt
 template <typename Label, int R, int Heads>
 __device__ __forceinline__ int channel_of(int part, int word, int byte) {
   using L = Layout<Label, R, Heads>;
-  if constexpr (L::kPart == 2) return (byte & 1) + 2 * (word + (byte & 2));
+  if constexpr (L::kPart == 2) return part * 2 + (byte & 1) + L::kBytes * (word + (byte & 2));
   constexpr int kCount = L::kPart / 4;
   return part * L::kPart + word % kCount * 4 + byte + word / kCount * L::kBytes;
-}
-
-__device__ __forceinline__ const u8* offset(const u8* base, u32 index, u32 stride) {  // in one instruction
-  const u8* sum;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(index), "r"(stride), "l"(base));
-  return sum;
 }
 
 // Scores of two tokens; kPartial: of which `left` are there, the others -inf. A half is else finite, or NaN.
 template <bool kPartial>
 __device__ __forceinline__ u32 pair_of(half, float first, float second, int left) {
-  u32 pair;  // volatile: not moved behind the test whether there is such a head
-  asm volatile("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+  u32 pair = pack2_saturated(first, second);
   if (kPartial && left < 2) pair = left < 1 ? 0xfc00fc00u : (pair & 0xffffu) | 0xfc000000u;
   return pair;
 }
@@ -261,7 +254,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
     const u8* labels = p.label + static_cast<long long>(kv_head) * p.page_size * L::kBytes + part * L::kPart;
     const u8* params = reinterpret_cast<const u8*>(p.label_params + kv_head * p.page_size);
     u32 page_bytes = p.kv_heads * p.page_size * L::kBytes, page_params = p.kv_heads * p.page_size * 4;
-    asm("" : "+l"(labels), "+l"(params), "+r"(page_bytes), "+r"(page_params));
+    opaque(labels), opaque(params), opaque(page_bytes), opaque(page_params);
     u32 page[kAhead][L::kTiles], raw[kAhead][L::kTiles][L::kRaw];
     uint2 scale_zero[kAhead][L::kTiles];
     const auto token_of = [&](int step, int tile) { return step * L::kTokens + tile * L::kTileTokens + lane / kLanes * 2; };
@@ -273,14 +266,17 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {
         const u32 place = token_of(min(step, last_step - 1), i) & page_mask;
-        const u8* const from = offset(offset(labels, page[slot][i], page_bytes), place, L::kBytes);
+        const u8* const from = mad_wide(mad_wide(labels, page[slot][i], page_bytes), place, L::kBytes);
         if constexpr (kLanes == 1) {
           load_words<L::kPart * 2, true>(raw[slot][i], from);
+        } else if constexpr (L::kPart == 2) {
+          const u16* const halves = reinterpret_cast<const u16*>(from);
+          raw[slot][i][0] = __ldg(halves) | static_cast<u32>(__ldg(halves + kLanes)) << 16;
         } else {
           load_words<L::kPart, L::kBytes >= 32>(raw[slot][i], from);
           load_words<L::kPart, L::kBytes >= 32>(raw[slot][i] + L::kRaw / 2, from + L::kBytes);
         }
-        if constexpr (!L::kNative) scale_zero[slot][i] = load_stream8(offset(offset(params, page[slot][i], page_params), place, 4));
+        if constexpr (!L::kNative) scale_zero[slot][i] = load_stream8(mad_wide(mad_wide(params, page[slot][i], page_params), place, 4));
       }
       look_up(slot, step + kAhead);
     };
@@ -312,12 +308,11 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {
         const int token = step * L::kTokens + i * L::kTileTokens + lane / kLanes * 2;
-        if (kPartial && token >= p.n) continue;
         u32 one[L::kSteps * 2], two[L::kSteps * 2];
         spread<Label, R, Heads>(one, raw[slot][i], 0), spread<Label, R, Heads>(two, raw[slot][i], 1);
         const auto write = [&](int g, float first, float second) {
           auto pair = pair_of<kPartial>(Out{}, first, second, length - token);
-          if (g < heads) *reinterpret_cast<decltype(pair)*>(out + static_cast<long long>(g) * p.n + token) = pair;
+          if (g < heads && (!kPartial || token < p.n)) *reinterpret_cast<decltype(pair)*>(out + static_cast<long long>(g) * p.n + token) = pair;
         };
         if constexpr (L::kNative) {
           float sum[4] = {};
