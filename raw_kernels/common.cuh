@@ -117,6 +117,12 @@ __device__ __forceinline__ u32 load_stream4(const void* p) {
   asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
   return v;
 }
+// What another block has written while this one runs: from L2, every time.
+__device__ __forceinline__ u32 load_l2(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
 // Plain vector access, for data that is shared, reused, or written by the same kernel.
 __device__ __forceinline__ uint4 load16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ void store16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
@@ -138,6 +144,11 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Wait until at most N of the committed groups are still under way.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- counters in shared memory ----
+
+// Add one to the word at an address of `smem_address`. Through a pointer the address would be made anew each time.
+__device__ __forceinline__ void count_shared(u32 address) { asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory"); }
 
 // ---- reductions and scans ----
 
