@@ -13,7 +13,11 @@
 // A warp is a kv head, and the warps of a block go through the same tokens: what the heads of a page have lies side by side, so that DRAM sees a kilobyte
 // rather than 128 bytes. Every block takes an equal, contiguous share of all sequences' steps, which each warp finds from the lengths by itself; the
 // grid is what fits the GPU at once. Labels are loaded kAhead steps before they are scored, page numbers a batch of 32 pages before that.
-#include "mma.cuh"
+//
+// kLse: the log-sum-exp of each row comes with its scores, so that who ranks them need not read them twice. The exponentials fit between the loads: 35 instructions on 104 for 64
+// tokens and 4 heads. A lane adds up what it has written itself, relative to a base that moves only if it must; the block that is last to finish a row puts the shares together.
+#include "labels.cuh"
+#include "radix.cuh"
 
 struct LabelScoresParams {
   const void* q;             // [b, Hq, d] half or bf16
@@ -23,6 +27,9 @@ struct LabelScoresParams {
   const int* page_table;     // [b, max_pages]
   const int* seq_lens;       // [b]
   void* out;                 // [b, Hq, n], -inf behind a sequence's end
+  float* lse;                // [b, Hq], the log-sum-exp of each row
+  float2* partials;          // [grid.y, grid.x, 2, kMaxWarps, kMaxHeads], of rows that several blocks share
+  u32* counters;             // [grid.y, b, Hkv] at zero
   float sm_scale;
   int q_is_bf16;
   int batch;
@@ -37,93 +44,8 @@ struct LabelScoresParams {
 };
 CHECK_PARAMS(LabelScoresParams);
 
-struct u2 {};
-struct u4 {};
-template <typename Label>
-constexpr int kBitsOf = 16;
-template <>
-constexpr int kBitsOf<u2> = 2;
-template <>
-constexpr int kBitsOf<u4> = 4;
-
 constexpr int kMaxHeads = 8;  // query heads that share one reading of the labels
 constexpr int kMaxWarps = 8;
-
-// Heads: query heads that share one reading of the labels, at most.
-template <typename Label, int R, int Heads>
-struct Layout {
-  static constexpr int kBits = kBitsOf<Label>;
-  static constexpr bool kNative = kBits == 16;
-  static constexpr int kBytes = R * kBits / 8;                                    // of a label
-  static constexpr int kLanes = kNative || R == 64 ? 4 : R == 32 || (R == 16 && Heads > 4) ? 2 : 1;  // that hold it: the more, the fewer registers the query takes
-  static constexpr int kPart = kBytes / kLanes;                                   // bytes of it in a lane, 2 to 32
-  static constexpr int kRaw = kPart < 4 ? 1 : kPart / 2;                          // words of a lane's two tokens
-  static constexpr int kWords = R / (kNative ? 2 : 4) / kLanes;                   // ... of one token, spread out: 4 bytes or 2 halves each
-  static constexpr int kSteps = ceil_div(kWords, 2);                              // mma
-  static constexpr int kHeads = kNative ? 8 : kLanes;                             // query heads of one mma
-  static constexpr int kColumns = ceil_div(Heads, kHeads);                        // mma that share the labels
-  static constexpr int kTileTokens = 64 / kLanes;
-  static constexpr int kTiles = kLanes == 1 ? 1 : kNative ? (R >= 32 ? 1 : 32 / R) : 2;
-  static constexpr int kTokens = kTileTokens * kTiles;                            // of a step
-  static constexpr int kRegisters = kTiles * (kRaw + (kNative ? 0 : 2));          // that a step's loads take
-};
-
-// Bytes [0, Bytes) at `at` into words. A sector of 32 bytes may be read by two instructions: not past L1 then.
-template <int Bytes, bool Whole>
-__device__ __forceinline__ void load_words(u32* words, const u8* at) {
-  if constexpr (Bytes == 4) {
-    words[0] = Whole ? load_stream4(at) : __ldg(reinterpret_cast<const u32*>(at));
-  } else if constexpr (Bytes == 8) {
-    const uint2 v = Whole ? load_stream8(at) : __ldg(reinterpret_cast<const uint2*>(at));
-    words[0] = v.x, words[1] = v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < Bytes / 16; ++i) {
-      const uint4 v = Whole && Bytes == 16 ? load_stream16(at + 16 * i) : __ldg(reinterpret_cast<const uint4*>(at) + i);
-      words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
-    }
-  }
-}
-
-// The words of token `which` of a pair as an mma wants them: a code a byte, or two halves.
-template <typename Label, int R, int Heads>
-__device__ __forceinline__ void spread(u32 (&words)[Layout<Label, R, Heads>::kSteps * 2], const u32 (&raw)[Layout<Label, R, Heads>::kRaw], int which) {
-  using L = Layout<Label, R, Heads>;
-  if constexpr (L::kNative) {
-#pragma unroll
-    for (int j = 0; j < L::kSteps * 2; ++j) words[j] = j < L::kWords ? raw[which * L::kWords + j] : 0;
-  } else if constexpr (L::kPart == 2) {
-    // 8 channels of 2 bits: codes 0 and 2 of both bytes, then codes 1 and 3.
-    const u32 bytes = __byte_perm(raw[0], raw[0] >> 4, which ? 0x7632 : 0x5410);
-    words[0] = bytes & 0x03030303u, words[1] = bytes >> 2 & 0x03030303u;
-  } else {
-    constexpr int kCount = L::kPart / 4;
-    constexpr u32 kMask = L::kBits == 2 ? 0x03030303u : 0x0f0f0f0fu;
-#pragma unroll
-    for (int j = 0; j < L::kWords; ++j) words[j] = raw[which * kCount + j % kCount] >> (L::kBits * (j / kCount)) & kMask;
-  }
-}
-
-// The channel that byte `byte` of word `word` stands for, in lane `part` of a label's lanes. Codes j, j + r/n, ... share a byte, n to a byte.
-template <typename Label, int R, int Heads>
-__device__ __forceinline__ int channel_of(int part, int word, int byte) {
-  using L = Layout<Label, R, Heads>;
-  if constexpr (L::kPart == 2) return part * 2 + (byte & 1) + L::kBytes * (word + (byte & 2));
-  constexpr int kCount = L::kPart / 4;
-  return part * L::kPart + word % kCount * 4 + byte + word / kCount * L::kBytes;
-}
-
-// Scores of two tokens; kPartial: of which `left` are there, the others -inf. A half is else finite, or NaN.
-template <bool kPartial>
-__device__ __forceinline__ u32 pair_of(half, float first, float second, int left) {
-  u32 pair = pack2_saturated(first, second);
-  if (kPartial && left < 2) pair = left < 1 ? 0xfc00fc00u : (pair & 0xffffu) | 0xfc000000u;
-  return pair;
-}
-template <bool kPartial>
-__device__ __forceinline__ float2 pair_of(float, float first, float second, int left) {
-  return make_float2(kPartial && left < 1 ? -inf() : first, kPartial && left < 2 ? -inf() : second);
-}
 
 // One head's channels after another, in the order in which lanes read them, as 8-bit codes and their residuals or as they are. Heads from `heads` on are zero.
 template <typename Label, int R, int Heads>
@@ -167,6 +89,18 @@ __device__ __forceinline__ void gather_query(const LabelScoresParams& p, long lo
   }
 }
 
+// Scores of two tokens; kPartial: of which `left` are there, the others -inf. A half is else finite, or NaN.
+template <bool kPartial>
+__device__ __forceinline__ u32 pair_of(half, float first, float second, int left) {
+  u32 pair = pack2_saturated(first, second);
+  if (kPartial && left < 2) pair = left < 1 ? 0xfc00fc00u : (pair & 0xffffu) | 0xfc000000u;
+  return pair;
+}
+template <bool kPartial>
+__device__ __forceinline__ float2 pair_of(float, float first, float second, int left) {
+  return make_float2(kPartial && left < 1 ? -inf() : first, kPartial && left < 2 ? -inf() : second);
+}
+
 // What lies behind the end of a row: entries `first` to n, by one warp.
 template <typename Out>
 __device__ __forceinline__ void fill_padding(Out* row, int first, int n) {
@@ -177,6 +111,38 @@ __device__ __forceinline__ void fill_padding(Out* row, int first, int n) {
   } else {
     for (int i = first + lane_id(); i < n; i += kWarp) row[i] = from_float<Out>(-inf());
   }
+}
+
+// A sum of powers of two, sum * 2^base.
+struct Mass {
+  float base = finite(-inf()), sum = 0.f;
+
+  __device__ void add(float other_base, float other_sum) {
+    const float top = fmaxf(base, other_base);
+    sum = sum * exp2f(base - top) + other_sum * exp2f(other_base - top);
+    base = top;
+  }
+  __device__ float log() const { return (base + log2f(sum)) * kLn2; }
+};
+
+// Two scores each to N masses.
+template <int N>
+__device__ __forceinline__ void add_scores(Mass* mass, const float (&score)[N][2]) {
+  float x[N][2], most = -inf();
+#pragma unroll
+  for (int c = 0; c < N; ++c)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) x[c][k] = fmaf(score[c][k], kLog2e, -mass[c].base), most = fmaxf(most, x[c][k]);
+  if (most > 64.f) {  // rare but for the first
+#pragma unroll
+    for (int c = 0; c < N; ++c) {
+      mass[c].add(finite(fmaxf(score[c][0], score[c][1]) * kLog2e), 0.f);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) x[c][k] = fmaf(score[c][k], kLog2e, -mass[c].base);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < N; ++c) mass[c].sum += exp2f(x[c][0]) + exp2f(x[c][1]);
 }
 
 struct No {
@@ -192,7 +158,7 @@ struct Place {
 };
 
 // Block: a warp for each of 1, 2, 4 or 8 neighbouring kv heads; grid.y: sets of 8 query heads of a group.
-template <typename Out, typename Label, int R, int Heads>
+template <typename Out, typename Label, int R, int Heads, bool kLse>
 __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __grid_constant__ LabelScoresParams p) {
   using L = Layout<Label, R, Heads>;
   constexpr int kLanes = L::kLanes, kColumns = L::kColumns, kHeads = kColumns * L::kHeads;
@@ -234,6 +200,10 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
     here.sequence = __shfl_sync(kFullMask, here.sequence, source), here.steps = __shfl_sync(kFullMask, here.steps, source);
     here.row_begin = __shfl_sync(kFullMask, here.row_begin, source);
   }
+  const auto block_of = [&](int step) {
+    const int each = total / static_cast<int>(gridDim.x), more = total % static_cast<int>(gridDim.x);  // `more` blocks have one step more
+    return step < more * (each + 1) ? step / (each + 1) : more + (step - more * (each + 1)) / each;
+  };
   const int begin = share(blockIdx.x), end = share(blockIdx.x + 1);
   int set = begin < end ? (begin - here.row_begin) / here.steps : 0;
   here.row_begin += set * here.steps;
@@ -299,32 +269,32 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
       const u32* const column = s_query[warp] + (c * kWide + gid % kWide) * (R * (L::kNative ? 2 : 1) / 4) + part * L::kWords;
 #pragma unroll
       for (int j = 0; j < L::kSteps * 2; ++j) b[c][j] = tig / kLanes == gid / kWide && j < L::kWords ? column[j] : 0;
-      q_scale[c] = s_scale[warp][c * L::kHeads + part], q_sum[c] = s_sum[warp][c * L::kHeads + part];
+      if constexpr (!L::kNative) q_scale[c] = s_scale[warp][c * L::kHeads + part], q_sum[c] = s_sum[warp][c * L::kHeads + part];
     }
 
     Out* const out = static_cast<Out*>(p.out) + first_head * p.n;
+    // What this lane writes: heads own_head(0) to own_head(kOwn - 1).
+    constexpr int kOwn = L::kNative ? 2 : kColumns, kMost = Heads > 4 ? 2 : 4, kAtOnce = kOwn < kMost ? kOwn : kMost;  // more sums would not fit the registers
+    const auto own_head = [&](int c) { return L::kNative ? 2 * part + c : c * kLanes + part; };
+    Mass mass[kOwn];
     const auto score = [&](int slot, int step, auto partial) {
       constexpr bool kPartial = decltype(partial)::value;
 #pragma unroll
       for (int i = 0; i < L::kTiles; ++i) {
-        const int token = step * L::kTokens + i * L::kTileTokens + lane / kLanes * 2;
+        const int token = token_of(step, i);
         u32 one[L::kSteps * 2], two[L::kSteps * 2];
         spread<Label, R, Heads>(one, raw[slot][i], 0), spread<Label, R, Heads>(two, raw[slot][i], 1);
-        const auto write = [&](int g, float first, float second) {
-          auto pair = pair_of<kPartial>(Out{}, first, second, length - token);
-          if (g < heads && (!kPartial || token < p.n)) *reinterpret_cast<decltype(pair)*>(out + static_cast<long long>(g) * p.n + token) = pair;
-        };
-        if constexpr (L::kNative) {
-          float sum[4] = {};
 #pragma unroll
-          for (int m = 0; m < L::kSteps * 2; m += 2) mma_16bit<Label>(sum, one[m], two[m], one[m + 1], two[m + 1], b[0][m], b[0][m + 1]);
+        for (int c0 = 0; c0 < kOwn; c0 += kAtOnce) {
+          float value[kAtOnce][2];
+          if constexpr (L::kNative) {
+            float sum[4] = {};
 #pragma unroll
-          for (int k = 0; k < 2; ++k) write(2 * part + k, sum[k] * p.sm_scale, sum[k + 2] * p.sm_scale);
-        } else {
-          const float2 first = unpack2<half>(scale_zero[slot][i].x), second = unpack2<half>(scale_zero[slot][i].y);
-          constexpr int kAtOnce = kColumns < 4 ? kColumns : 4;  // sums of 8 columns would not fit the registers
+            for (int m = 0; m < L::kSteps * 2; m += 2) mma_16bit<Label>(sum, one[m], two[m], one[m + 1], two[m + 1], b[0][m], b[0][m + 1]);
 #pragma unroll
-          for (int c0 = 0; c0 < kColumns; c0 += kAtOnce) {
+            for (int k = 0; k < 4; ++k) value[k % 2][k / 2] = sum[k] * p.sm_scale;
+          } else {
+            const float2 first = unpack2<half>(scale_zero[slot][i].x), second = unpack2<half>(scale_zero[slot][i].y);
             int sum[kAtOnce][4] = {};
 #pragma unroll
             for (int m = 0; m < L::kSteps * 2; m += 2)
@@ -332,11 +302,19 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
               for (int c = 0; c < kAtOnce; ++c) mma_u8s8(sum[c], one[m], two[m], one[m + 1], two[m + 1], b[c0 + c][m], b[c0 + c][m + 1]);
 #pragma unroll
             for (int c = 0; c < kAtOnce; ++c) {
-              const float scale = q_scale[c0 + c], zero = q_sum[c0 + c];
-              write((c0 + c) * kLanes + part, fmaf(first.x * scale, static_cast<float>(sum[c][0] * 254 + sum[c][1]), first.y * zero),
-                    fmaf(second.x * scale, static_cast<float>(sum[c][2] * 254 + sum[c][3]), second.y * zero));
+              value[c][0] = fmaf(first.x * q_scale[c0 + c], static_cast<float>(sum[c][0] * 254 + sum[c][1]), first.y * q_sum[c0 + c]);
+              value[c][1] = fmaf(second.x * q_scale[c0 + c], static_cast<float>(sum[c][2] * 254 + sum[c][3]), second.y * q_sum[c0 + c]);
             }
           }
+#pragma unroll
+          for (int c = 0; c < kAtOnce; ++c) {
+            auto pair = pair_of<kPartial>(Out{}, value[c][0], value[c][1], length - token);
+            const int g = own_head(c0 + c);
+            if (g < heads && (!kPartial || token < p.n)) *reinterpret_cast<decltype(pair)*>(out + static_cast<long long>(g) * p.n + token) = pair;
+            if (kPartial && token >= length) value[c][0] = -inf();
+            if (kPartial && token + 1 >= length) value[c][1] = -inf();
+          }
+          if constexpr (kLse) add_scores(mass + c0, value);
         }
       }
     };
@@ -353,12 +331,63 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
       look_up(0, last_full), load(0, last_full);
       score(0, last_full, Yes{});
     }
+
+    if constexpr (kLse) {
+#pragma unroll
+      for (int distance = kWarp / 2; distance >= kLanes; distance /= 2)
+#pragma unroll
+        for (int c = 0; c < kOwn; ++c)
+          mass[c].add(__shfl_xor_sync(kFullMask, mass[c].base, distance), __shfl_xor_sync(kFullMask, mass[c].sum, distance));
+      const int first_block = block_of(here.row_begin), last_block = block_of(here.row_begin + here.steps - 1);
+      // A block begins with a row's end, which is slot 0, or ends with a row's beginning.
+      const auto partial_of = [&](int block) {
+        const int slot = share(block) < here.row_begin;
+        return p.partials + (((static_cast<long long>(blockIdx.y) * gridDim.x + block) * 2 + slot) * kMaxWarps + warp) * kMaxHeads;
+      };
+#pragma unroll
+      for (int c = 0; c < kOwn; ++c) {
+        const int g = own_head(c);
+        if (lane >= kLanes || g >= heads) continue;
+        if (first_block == last_block) p.lse[first_head + g] = mass[c].log();
+        else partial_of(blockIdx.x)[g] = make_float2(mass[c].base, mass[c].sum);
+      }
+      if (first_block < last_block) {
+        const u32 others = last_block - first_block;
+        __threadfence();
+        __syncwarp();
+        bool last = false;
+        if (lane == 0) last = atomicInc(p.counters + (blockIdx.y * p.batch + here.sequence) * p.kv_heads + kv_head, others) == others;
+        if (__any_sync(kFullMask, last)) {
+          __threadfence();
+          Mass all[kMaxHeads];
+#pragma unroll 2
+          for (int block = first_block + lane; block <= last_block; block += kWarp) {
+            const float4* const from = reinterpret_cast<const float4*>(partial_of(block));
+#pragma unroll
+            for (int i = 0; i < kMaxHeads / 2; ++i) {
+              if (2 * i >= heads) break;
+              const float4 two = __ldcg(from + i);  // the odd head out adds what it finds, and is not written
+              all[2 * i].add(two.x, two.y), all[2 * i + 1].add(two.z, two.w);
+            }
+          }
+#pragma unroll
+          for (int g = 0; g < kMaxHeads; ++g) {
+            if (g >= heads) break;
+#pragma unroll
+            for (int distance = kWarp / 2; distance; distance /= 2)
+              all[g].add(__shfl_xor_sync(kFullMask, all[g].base, distance), __shfl_xor_sync(kFullMask, all[g].sum, distance));
+            if (lane == 0) p.lse[first_head + g] = all[g].log();
+          }
+        }
+      }
+    }
   }
 
   // 3. What lies behind the sequences' ends.
   for (int item = blockIdx.x * warps + warp; item < p.batch * p.kv_heads * heads; item += gridDim.x * warps) {
     const int row = item / heads;
     const int first = steps_of(row / p.kv_heads) * L::kTokens;
+    if (kLse && first == 0 && lane == 0) p.lse[static_cast<long long>(row) * p.group + head0 + item % heads] = -inf();
     if (first < p.n) fill_padding(static_cast<Out*>(p.out) + (static_cast<long long>(row) * p.group + head0 + item % heads) * p.n, first, p.n);
   }
 }

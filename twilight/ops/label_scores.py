@@ -17,15 +17,20 @@ import torch
 from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_tensor
 from twilight.ops.quantize import unpack
+from twilight.ops.scratch import counters
 
 _HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
 _SIZES = (8, 16, 32, 64)
 _MAX_HEADS = 8
 _WARPS_PER_SM = 16
+_MAX_WARPS = 8
 _THREADS_ANY = 128
 _MAX_SMEM = 48 * 1024
 _HEADS = {8: (1, 4, 8), 16: (1, 4, 8), 32: (2, 4, 8), 64: (4, 8)}
 """Query heads that one launch of the kernel is made for, by the channels of a label in 2 or 4 bits."""
+
+_MIN_STEP = {8: 64, 16: 32, 32: 16, 64: 16}
+"""Tokens that a warp scores at a time at least, by the channels of a label."""
 
 
 class LabelScoresParams(ctypes.Structure):
@@ -33,7 +38,7 @@ class LabelScoresParams(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
-            "q", "channels", "label", "label_params", "page_table", "seq_lens", "out"
+            "q", "channels", "label", "label_params", "page_table", "seq_lens", "out", "lse", "partials", "counters"
         )),
         ("sm_scale", ctypes.c_float),
         *((name, ctypes.c_int) for name in (
@@ -45,13 +50,15 @@ class LabelScoresParams(ctypes.Structure):
 STRUCTS = (LabelScoresParams,)
 INSTANTIATIONS = tuple(
     expression
-    for out in ("float", "half")
+    for out, with_lse in (("float", "false"), ("half", "false"), ("half", "true"))
     for expression in (
-        *(f"label_scores<{out}, u{bits}, {r}, {heads}>" for bits in (2, 4) for r in _SIZES for heads in _HEADS[r]),
-        *(f"label_scores<{out}, {kind}, {r}, {_MAX_HEADS}>" for kind in _HALVES.values() for r in _SIZES),
-        f"label_scores_any<{out}>",
+        *(
+            f"label_scores<{out}, u{bits}, {r}, {heads}, {with_lse}>"
+            for bits in (2, 4) for r in _SIZES for heads in _HEADS[r]
+        ),
+        *(f"label_scores<{out}, {kind}, {r}, {_MAX_HEADS}, {with_lse}>" for kind in _HALVES.values() for r in _SIZES),
     )
-)
+) + tuple(f"label_scores_any<{out}>" for out in ("float", "half"))  # fmt: skip
 
 
 def label_scores(
@@ -63,8 +70,9 @@ def label_scores(
     *,
     sm_scale: float | None = None,
     out_dtype: torch.dtype = torch.float32,
+    with_lse: bool = False,
     backend: Literal["auto", "cuda", "torch"] = "auto",
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Score every token of every sequence by its label, for every query head.
 
     Args:
@@ -76,12 +84,14 @@ def label_scores(
         seq_lens: `[b]` int32.
         sm_scale: the factor of the scores, 1/sqrt(d) by default.
         out_dtype: float32, or float16, which halves what is written; scores are then clamped to +-65504.
+        with_lse: return the log-sum-exp of each query head's scores as well, which `top_k` then need not find.
         backend: which implementation. The kernel takes half and bfloat16 queries, native labels in the type of q, and
             is fast where r is 8, 16, 32 or 64 and pages hold a power of two tokens. It reads the query as two 8-bit
             numbers where labels are codes, 16 bits in all.
 
     Returns:
-        `[b, Hq, max_pages * P]` of `out_dtype`, `-inf` behind a sequence's end and nowhere else if it is float16.
+        `(scores, lse)`: `[b, Hq, max_pages * P]` of `out_dtype`, `-inf` behind a sequence's end and, if it is float16,
+        nowhere else; and `[b, Hq]` float32, of the scores before they are rounded, or None.
 
     Raises:
         TypeError, ValueError: shapes and types that do not fit together.
@@ -97,8 +107,8 @@ def label_scores(
         raise TypeError(f"out_dtype: expected float32 or float16, got {out_dtype}")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     if kernels.use_kernel(backend, q.device, _unsupported(q, label, channels)):
-        return _cuda(q, label, channels, page_table, seq_lens, bits, scale, out_dtype)
-    return _torch(q, label, channels, page_table, seq_lens, bits, scale, out_dtype)
+        return _cuda(q, label, channels, page_table, seq_lens, bits, scale, out_dtype, with_lse)
+    return _torch(q, label, channels, page_table, seq_lens, bits, scale, out_dtype, with_lse)
 
 
 def _check_label(label: Sequence[torch.Tensor], kv_heads: int, r: int) -> int | None:
@@ -127,7 +137,8 @@ def _torch(
     bits: int | None,
     sm_scale: float,
     out_dtype: torch.dtype,
-) -> torch.Tensor:
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     grouped = q.float().unflatten(1, (channels.shape[0], -1))
     query = grouped.gather(-1, channels.long()[None, :, None].expand(*grouped.shape[:3], -1))
     # [b, Hkv, max_pages * P, ...]
@@ -138,11 +149,12 @@ def _torch(
         scale, zero = stored[1].float().unsqueeze(2).unbind(-1)
         dots = query @ unpack(stored[0], bits).float().transpose(-1, -2)
         scores = scale * dots + zero * query.sum(-1, keepdim=True)
-    scores = (scores * sm_scale).flatten(1, 2)
-    if out_dtype == torch.float16:
-        scores = scores.clamp(-65504, 65504)
     past = torch.arange(scores.shape[-1], device=q.device) >= seq_lens[:, None, None]
-    return scores.masked_fill(past, -torch.inf).to(out_dtype)
+    scores = (scores * sm_scale).flatten(1, 2).masked_fill(past, -torch.inf)
+    lse = scores.logsumexp(-1) if with_lse else None
+    if out_dtype == torch.float16:
+        scores = scores.clamp(-65504, 65504).masked_fill(past, -torch.inf)
+    return scores.to(out_dtype), lse
 
 
 def _unsupported(q: torch.Tensor, label: Sequence[torch.Tensor], channels: torch.Tensor) -> str | None:
@@ -173,33 +185,43 @@ def _cuda(
     bits: int | None,
     sm_scale: float,
     out_dtype: torch.dtype,
-) -> torch.Tensor:
+    with_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     b, q_heads, dim = q.shape
     (kv_heads, r), page_size = channels.shape, label[0].shape[2]
     group, n = q_heads // kv_heads, page_table.shape[1] * page_size
     out = torch.empty((b, q_heads, n), dtype=out_dtype, device=q.device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, channels, page_table, seq_lens = (t.contiguous() for t in (q, channels, page_table, seq_lens))
-    params = LabelScoresParams(
-        q.data_ptr(), channels.data_ptr(), label[0].data_ptr(), None if bits is None else label[1].data_ptr(),
-        page_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), sm_scale, q.dtype == torch.bfloat16, b, kv_heads,
-        group, dim, r, bits or 16, page_table.shape[1], page_size, n,
-    )  # fmt: skip
     kind = "half" if out_dtype == torch.float16 else "float"
-    if not _is_fast(label, r):
-        kernel = kernels.load("label_scores", f"label_scores_any<{kind}>", device=q.device)
-        blocks = b * kv_heads * -(-n // _THREADS_ANY)
-        kernel.launch((blocks, 1, 1), (_THREADS_ANY, 1, 1), params, 4 * group * r)
-        return out
-    heads = min(group, _MAX_HEADS)
-    if bits is None:
-        label_type, heads, step = _HALVES[q.dtype], _MAX_HEADS, {8: 64, 16: 32, 32: 16, 64: 16}[r]
-    else:
-        label_type, heads, step = f"u{bits}", next(h for h in _HEADS[r] if h >= heads), 32 if r == 64 else 64
-    kernel = kernels.load("label_scores", f"label_scores<{kind}, {label_type}, {r}, {heads}>", device=q.device)
+    fast = _is_fast(label, r)
     # A warp a kv head, as many as share a page: what they read lies side by side.
     warps = next(w for w in (8, 4, 2, 1) if kv_heads % w == 0)
+    subsets = -(-group // _MAX_HEADS)
     # What fits the GPU at once; a block for every step if there are fewer.
-    blocks = min(kernels.num_sms(q.get_device()) * _WARPS_PER_SM // warps, b * (kv_heads // warps) * -(-n // step))
-    kernel.launch((blocks, -(-group // _MAX_HEADS), 1), (32 * warps, 1, 1), params)
-    return out
+    steps = b * (kv_heads // warps) * -(-n // _MIN_STEP.get(r, n))
+    blocks = min(kernels.num_sms(q.get_device()) * _WARPS_PER_SM // warps, steps)
+    lse = partials = arrived = None
+    if with_lse and fast and kind == "half":
+        lse = torch.empty((b, q_heads), dtype=torch.float32, device=q.device)
+        partials = torch.empty((subsets, blocks, 2, _MAX_WARPS, _MAX_HEADS, 2), dtype=torch.float32, device=q.device)
+        arrived = counters(q.device, subsets * b * kv_heads)
+    params = LabelScoresParams(
+        q.data_ptr(), channels.data_ptr(), label[0].data_ptr(), None if bits is None else label[1].data_ptr(),
+        page_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), None if lse is None else lse.data_ptr(),
+        None if partials is None else partials.data_ptr(), None if arrived is None else arrived.data_ptr(),
+        sm_scale, q.dtype == torch.bfloat16, b, kv_heads, group, dim, r, bits or 16, page_table.shape[1], page_size, n,
+    )  # fmt: skip
+    if fast:
+        heads = next(h for h in ((_MAX_HEADS,) if bits is None else _HEADS[r]) if h >= min(group, _MAX_HEADS))
+        expression = f"{kind}, {_HALVES[q.dtype] if bits is None else f'u{bits}'}, {r}, {heads}"
+        kernel = kernels.load(
+            "label_scores", f"label_scores<{expression}, {'false' if lse is None else 'true'}>", device=q.device
+        )
+        kernel.launch((blocks, subsets, 1), (32 * warps, 1, 1), params)
+    else:
+        kernel = kernels.load("label_scores", f"label_scores_any<{kind}>", device=q.device)
+        kernel.launch((b * kv_heads * -(-n // _THREADS_ANY), 1, 1), (_THREADS_ANY, 1, 1), params, 4 * group * r)
+    if with_lse and lse is None:
+        lse = out.float().logsumexp(-1)
+    return out, lse

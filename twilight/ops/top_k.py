@@ -67,8 +67,8 @@ def top_k(
         reduce: how to combine: "softmax", "sum" or "max"; see `twilight.combine_group`.
         scale: the factor that makes the scores logits, for "softmax".
         force_newest: select the sequence's last entry whatever its score. It counts towards `counts`.
-        lse: `[b, Hq]` float32, the log-sum-exp of each query head's logits if it is known already, which spares a reading
-            of the scores; "softmax" only.
+        lse: `[b, Hq]` float32, the log-sum-exp of each query head's logits if it is known already, which spares reading
+            the scores of long rows twice; "softmax" only.
         backend: which implementation. The kernel takes groups of up to 16.
 
     Returns:
