@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -77,14 +78,7 @@ def launch(
     shared, apart = 4 * slice_keys <= keys_limit, blocks > 1 and not clusters
     keys = None if shared else torch.empty((rows, -(-n // 8) * 8), dtype=torch.int32, device=device)
     exchange = torch.empty((rows, blocks, _EXCHANGE_BYTES), dtype=torch.uint8, device=device) if apart else None
-    kind = "half" if scores.dtype == torch.float16 else "float"
-    kernel = kernels.load(
-        "token_top_k",
-        f"token_top_k<{kind}, {'true' if apart else 'false'}, {'true' if shared else 'false'}>",
-        max_dynamic_smem=keys_limit if shared else 0,
-        max_cluster=1 if apart else _MAX_BLOCKS,
-        device=device,
-    )
+    kernel = _kernel("half" if scores.dtype == torch.float16 else "float", apart, shared, index)
     params = TokenTopKParams(
         scores.data_ptr(), None if lse is None else lse.data_ptr(), counts.data_ptr(), seq_lens.data_ptr(),
         indices.data_ptr(), lengths.data_ptr(), None if keys is None else keys.data_ptr(),
@@ -99,6 +93,14 @@ def launch(
     return Selection(indices, lengths, granularity)
 
 
+@functools.cache
+def _kernel(kind: str, apart: bool, shared: bool, device: int) -> kernels.Kernel:
+    expression = f"token_top_k<{kind}, {'true' if apart else 'false'}, {'true' if shared else 'false'}>"
+    keys_limit = kernels.smem_limit(device) - _STATIC_SMEM
+    return kernels.load("token_top_k", expression, max_dynamic_smem=keys_limit, max_cluster=_MAX_BLOCKS, device=device)
+
+
+@functools.cache
 def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool) -> tuple[int, int]:
     """Return the blocks of a row, and the entries of a block's slice."""
 
@@ -109,7 +111,7 @@ def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool) -
         # They wait for each other, and must all be there: one a multiprocessor.
         blocks = max(1, min(_MAX_BLOCKS, num_sms // rows, n // _MIN_SLICE))
         return blocks, entries(blocks)
-    sizes = (1, 2, 4, 8, _MAX_BLOCKS)
+    sizes: tuple[int, ...] = (1, 2, 4, 8, _MAX_BLOCKS)
     # Two blocks a multiprocessor at once, if rows alone are not enough; never slices that leave threads idle.
     least = max((size for size in sizes if rows * size <= 2 * num_sms and n >= size * _MIN_SLICE), default=1)
     sizes = tuple(size for size in sizes if size >= least)
