@@ -21,7 +21,11 @@ class Full(Selector):
         return PageRanking()
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
-        g = layer.geometry
-        return Selection.everything(
-            layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=g.page_size
-        )
+        # One list for all layers of a step. In a CUDA graph its lengths are found anew at every replay, by the first.
+        if self.name not in layer.scratch:
+            g = layer.geometry
+            layer.scratch[self.name] = Selection.everything(
+                layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=g.page_size
+            )
+        selection: Selection = layer.scratch[self.name]
+        return selection

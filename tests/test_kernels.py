@@ -212,9 +212,7 @@ def test_a_cluster_launch_is_laid_out_as_in_cuda_h(machine, monkeypatch):
         assert (ctypes.c_uint * 1).from_buffer(driver.config, 48)[0] == 1
         assert driver.function == 1001 and driver.params == (cluster, 0.5)
     driver.status = 912
-    with pytest.raises(
-        RuntimeError, match=r"of \(8, 2, 3\) blocks in clusters of 4: invalid cluster size .* 912"
-    ):
+    with pytest.raises(RuntimeError, match=r"of \(8, 2, 3\) blocks in clusters of 4: invalid cluster size .* 912"):
         kernels.load("append", APPEND).launch((8, 2, 3), (64, 5, 6), Params(5, 0.5), 512, cluster=4)
 
 

@@ -128,7 +128,7 @@ class LayerCache:
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """What one layer of a step leaves for the next ones. Empty when a step begins."""
+        """What one layer of a step leaves for the next ones. Empty when a step begins or rows have changed."""
         return self._cache.scratch
 
     @property
@@ -284,7 +284,6 @@ class PagedKVCache:
         self._pending: list[int] = []
         self._pages_touched: tuple[torch.Tensor, torch.Tensor] | None = None
         self.new_tokens = torch.zeros(num_rows, dtype=torch.int32, device=geometry.device)
-        self.scratch: dict[str, Any] = {}
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
         self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
@@ -318,7 +317,6 @@ class PagedKVCache:
                 layer._state.restore()
                 for row, length in enumerate(self.table.lengths):
                     layer._state.truncate(row, length)
-            self.scratch = {}
             self._upload()
 
     def fork(self, source: int, target: int) -> None:
@@ -397,7 +395,6 @@ class PagedKVCache:
         self._copy_pages(self.table.extend(counts))
         for each in self.layers:
             each._state.commit()
-        self.scratch = {}
         self._step += 1
         self._pending = counts
         self._upload()
@@ -479,4 +476,6 @@ class PagedKVCache:
         padded = [row + [0] * (width - len(row)) for row in self.table.rows]
         self.page_table = torch.tensor(padded, dtype=torch.int32).to(self.geometry.device)
         self.seq_lens = torch.tensor(self.table.lengths, dtype=torch.int32).to(self.geometry.device)
+        # What was found out for the rows as they were.
         self._budgets: dict[UniformBudget, Budget] = {}
+        self.scratch: dict[str, Any] = {}

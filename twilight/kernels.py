@@ -49,6 +49,7 @@ class Kernel:
     """A compiled function on one device. Made by `load`."""
 
     __slots__ = (
+        "_cooperative_launch",
         "_cupy",
         "_device",
         "_driver_launch",
@@ -68,6 +69,7 @@ class Kernel:
         self._device = device
         self._max_smem, self._max_cluster = 48 * 1024, 8  # what needs no permission
         self._driver_launch: Callable[..., None] = driver.launchKernel
+        self._cooperative_launch: Callable[..., None] = driver.launchCooperativeKernel
         self._stream = _raw_stream()
 
     def allow(self, max_dynamic_smem: int, max_cluster: int) -> None:
@@ -104,18 +106,14 @@ class Kernel:
         device = self._device
         if _current_device() != device:
             with torch.cuda.device(device):
-                return self.launch(grid, block, params, smem, cluster=cluster)
+                return self.launch(grid, block, params, smem, cluster=cluster, cooperative=cooperative)
         # A pointer of this call's own: two threads may launch the same kernel.
         pointer = ctypes.c_void_p(ctypes.addressof(params))
         if cooperative:
-            from cupy_backends.cuda.api import driver
-
-            with torch.cuda.device(device):
-                driver.launchCooperativeKernel(
-                    self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer)
-                )
-            return
-        if cluster > 1:
+            self._cooperative_launch(
+                self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer)
+            )
+        elif cluster > 1:
             clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
         else:
             self._driver_launch(self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer), 0)

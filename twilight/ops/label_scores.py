@@ -9,6 +9,7 @@ zero z, `q . label = s * sum(q_i * c_i) + z * sum(q_i)`, as for the 4-bit keys.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -213,15 +214,21 @@ def _cuda(
         sm_scale, q.dtype == torch.bfloat16, b, kv_heads, group, dim, r, bits or 16, page_table.shape[1], page_size, n,
     )  # fmt: skip
     if fast:
-        heads = next(h for h in ((_MAX_HEADS,) if bits is None else _HEADS[r]) if h >= min(group, _MAX_HEADS))
-        expression = f"{kind}, {_HALVES[q.dtype] if bits is None else f'u{bits}'}, {r}, {heads}"
-        kernel = kernels.load(
-            "label_scores", f"label_scores<{expression}, {'false' if lse is None else 'true'}>", device=q.device
+        label_type = _HALVES[q.dtype] if bits is None else f"u{bits}"
+        _kernel(kind, label_type, r, group, lse is not None, q.get_device()).launch(
+            (blocks, subsets, 1), (32 * warps, 1, 1), params
         )
-        kernel.launch((blocks, subsets, 1), (32 * warps, 1, 1), params)
     else:
         kernel = kernels.load("label_scores", f"label_scores_any<{kind}>", device=q.device)
         kernel.launch((b * kv_heads * -(-n // _THREADS_ANY), 1, 1), (_THREADS_ANY, 1, 1), params, 4 * group * r)
     if with_lse and lse is None:
         lse = out.float().logsumexp(-1)
     return out, lse
+
+
+@functools.cache
+def _kernel(kind: str, label_type: str, r: int, group: int, with_lse: bool, device: int) -> kernels.Kernel:
+    made_for = _HEADS[r] if label_type in ("u2", "u4") else (_MAX_HEADS,)
+    heads = next(h for h in made_for if h >= min(group, _MAX_HEADS))
+    expression = f"label_scores<{kind}, {label_type}, {r}, {heads}, {'true' if with_lse else 'false'}>"
+    return kernels.load("label_scores", expression, device=device)

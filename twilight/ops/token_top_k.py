@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -77,14 +78,7 @@ def launch(
     shared, apart = 4 * slice_keys <= keys_limit, blocks > 1 and not clusters
     keys = None if shared else torch.empty((rows, -(-n // 8) * 8), dtype=torch.int32, device=device)
     exchange = torch.empty((rows, blocks, _EXCHANGE_BYTES), dtype=torch.uint8, device=device) if apart else None
-    kind = "half" if scores.dtype == torch.float16 else "float"
-    kernel = kernels.load(
-        "token_top_k",
-        f"token_top_k<{kind}, {'true' if apart else 'false'}, {'true' if shared else 'false'}>",
-        max_dynamic_smem=keys_limit if shared else 0,
-        max_cluster=1 if apart else _MAX_BLOCKS,
-        device=device,
-    )
+    kernel = _kernel("half" if scores.dtype == torch.float16 else "float", apart, shared, index)
     params = TokenTopKParams(
         scores.data_ptr(), None if lse is None else lse.data_ptr(), counts.data_ptr(), seq_lens.data_ptr(),
         indices.data_ptr(), lengths.data_ptr(), None if keys is None else keys.data_ptr(),
@@ -99,6 +93,14 @@ def launch(
     return Selection(indices, lengths, granularity)
 
 
+@functools.cache
+def _kernel(kind: str, apart: bool, shared: bool, device: int) -> kernels.Kernel:
+    expression = f"token_top_k<{kind}, {'true' if apart else 'false'}, {'true' if shared else 'false'}>"
+    keys_limit = kernels.smem_limit(device) - _STATIC_SMEM
+    return kernels.load("token_top_k", expression, max_dynamic_smem=keys_limit, max_cluster=_MAX_BLOCKS, device=device)
+
+
+@functools.cache
 def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool) -> tuple[int, int]:
     """Return the blocks of a row, and the entries of a block's slice."""
 

@@ -145,4 +145,5 @@ def _shape(rows: int, group: int, n: int) -> tuple[int, int]:
 
 @functools.cache
 def _kernel(threads: int, group: int, entries: int, device: int) -> kernels.Kernel:
-    return kernels.load("top_k", f"top_k<{threads}, {group if group in _GROUPS else 0}, {entries}>", device=device)
+    expression = f"top_k<{threads}, {group if group in _GROUPS else 0}, {entries}>"
+    return kernels.load("top_k", expression, device=device)
