@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from twilight import Geometry, ops
 from twilight.budget import Budget
 from twilight.ops.quantize import split_shadow, unpack
 from twilight_selectors.quest import Quest
+
+fused = sys.modules["twilight.ops.fused_decode"]  # `ops.fused_decode` is the function
 
 
 def softmax(x):
@@ -98,3 +102,47 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 1.5)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
+
+
+H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "clusters": True}
+
+
+@pytest.mark.parametrize(
+    "batch,length,cluster,warps",
+    [
+        (1, 32768, 8, 16),
+        (1, 131072, 8, 16),
+        (8, 32768, 2, 16),
+        (32, 32768, 1, 8),
+        (64, 32768, 1, 8),
+        (32, 131072, 2, 16),
+    ],
+)
+def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps):
+    # Measured: each against its neighbours, but for the last, which follows from the same arithmetic.
+    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, **H200)
+    assert (plan.cluster, plan.warps) == (cluster, warps)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 2])
+@pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])
+@pytest.mark.parametrize(
+    "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "clusters": False}]
+)
+def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
+    for rows in (1, 8, 100, 2000):
+        for length in (page, 1000, 40000, 300000):
+            pages = -(-length // page)
+            capacity = -(-pages // 4) if vectors else pages
+            plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, **gpu)
+            if plan is None:
+                assert length > 1000 and not gpu["clusters"] or length == 300000
+                continue
+            assert plan.pages * plan.cluster >= pages and plan.pages % 16 == 0
+            assert plan.entries * plan.cluster >= capacity
+            assert plan.smem + fused._STATIC_SMEM <= gpu["block_limit"]
+            assert plan.warps == 8 or dim < 256
+
+
+def test_what_fits_no_cluster_is_for_the_stages():
+    assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, **H200) is None
