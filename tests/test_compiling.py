@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +178,34 @@ def test_without_cupy_it_says_what_to_install(monkeypatch):
     for call in (compiling.supported_archs, lambda: compile_source("append", ["append<half, 64, 0>"], "sm_90")):
         with pytest.raises(MissingExtraError, match=r"compiling the CUDA kernels needs 'cupy': pip install"):
             call()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_workers_end_with_a_parent_that_is_killed():
+    script = (
+        "import multiprocessing as m, time\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from twilight import compiling\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, mp_context=m.get_context('spawn'), initializer=compiling._end_with_parent)\n"
+        "    print(pool.submit(__import__('os').getpid).result(), flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        assert Path(f"/proc/{worker}").exists()
+        parent.kill()
+    deadline = time.monotonic() + 60
+    while running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running(worker)
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 # Warming up.

@@ -19,6 +19,7 @@ import json
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -352,7 +353,8 @@ def _run(
             yield unit, functools.partial(function, unit.stem, unit.expressions, unit.arch)
         return
     # Not forked: a process that has touched CUDA, or has threads, cannot be.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         futures: dict[Future[Any], _Unit] = {
             pool.submit(function, unit.stem, unit.expressions, unit.arch): unit for unit in units
         }
@@ -361,6 +363,18 @@ def _run(
                 yield futures[future], future.result
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does, even if that was killed: it would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def cores() -> int:

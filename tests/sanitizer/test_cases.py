@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,13 @@ command = words[words.index({python!r}):]
 print("filters", *filters, "caching", os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING", "yes"))
 if "--canary" in command:
     assert command[-1] == tool
-    sys.exit({canary})
+    print({canary!r})
+    sys.exit(86)
 stem = command[-1]
+if stem in {slow}:
+    child = subprocess.Popen([{python!r}, "-c", "import time; time.sleep(600)"])
+    print("child", child.pid, flush=True)
+    child.wait()
 print(f"{{stem}}: 12 launches of 3 instantiations")
 bad = stem in {bad}
 print("========= ERROR SUMMARY: " + ("2 errors" if bad else "0 errors"))
@@ -36,9 +42,10 @@ sys.exit(86 if bad else 0)
 def sanitizer(tmp_path):
     """Make a compute-sanitizer that answers as told; returns its path, for `--sanitizer`."""
 
-    def make(*, canary=86, bad=(), follows=True):
+    def make(*, canary="=========     at void canary<(int)0>(CanaryParams)+0x50", bad=(), slow=(), follows=True):
         program = tmp_path / "compute-sanitizer"
-        program.write_text(FAKE.format(python=sys.executable, canary=canary, bad=tuple(bad), follows=follows))
+        told = {"canary": canary, "bad": tuple(bad), "slow": tuple(slow), "follows": follows}
+        program.write_text(FAKE.format(python=sys.executable, **told))
         program.chmod(0o755)
         return ["--sanitizer", str(program), "--logs", str(tmp_path / "logs")]
 
@@ -122,8 +129,23 @@ def test_findings_fail_and_are_told_with_their_number(sanitizer, capsys):
     assert lines[2].endswith("12 launches of 3 instantiations; ERROR SUMMARY: 2 errors")
 
 
+def test_what_takes_too_long_is_ended_with_its_children(sanitizer, capsys, tmp_path):
+    words = [*sanitizer(slow=["top_k"]), "--kernel", "top_k", "append", "--tool", "memcheck", "--timeout", "5"]
+    assert sweep.main(words) == 1
+    assert [line.split()[2] for line in capsys.readouterr().out.splitlines()] == ["found", "TIMEOUT", "ok"]
+    child = int((tmp_path / "logs" / "memcheck-top_k.log").read_text().split()[-1])
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or Path(f"/proc/{child}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("the child is still there")
+
+
 def test_a_tool_that_misses_a_planted_error_is_not_trusted(sanitizer, capsys):
-    assert sweep.main([*sanitizer(canary=0), "--kernel", "append", "--tool", "racecheck"]) == 1
+    # The script failed for another reason, which the tool reports as an error too.
+    words = sanitizer(canary="ImportError: canary<\n========= Target application returned an error")
+    assert sweep.main([*words, "--kernel", "append", "--tool", "racecheck"]) == 1
     out = capsys.readouterr().out
     assert "NOT FOUND" in out and "racecheck does not see a planted error" in out
     assert "append" not in out
