@@ -362,12 +362,12 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
           Mass all[kMaxHeads];
 #pragma unroll 2
           for (int block = first_block + lane; block <= last_block; block += kWarp) {
-            const float4* const from = reinterpret_cast<const float4*>(partial_of(block));
+            const float2* const from = partial_of(block);
 #pragma unroll
-            for (int i = 0; i < kMaxHeads / 2; ++i) {
-              if (2 * i >= heads) break;
-              const float4 two = __ldcg(from + i);  // the odd head out adds what it finds, and is not written
-              all[2 * i].add(two.x, two.y), all[2 * i + 1].add(two.z, two.w);
+            for (int g = 0; g < kMaxHeads; ++g) {
+              if (g >= heads) break;
+              const float2 share = __ldcg(from + g);
+              all[g].add(share.x, share.y);
             }
           }
 #pragma unroll

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const _
       const int sum = __reduce_add_sync(kFullMask, histogram[i * kFine + lane]);
       if (lane == 0) s.coarse[turn][i] = sum;
     }
-    if (threadIdx.x == 0) s.there = s_there;
+    if (threadIdx.x == 0 && round == 0) s.there = s_there;
     if constexpr (kGlobal) {
       __syncthreads();
       team.publish(histogram, kRadixBins), team.publish(s.coarse[turn], kCoarse), team.publish(&s.there, 1);

@@ -57,6 +57,10 @@ class Machine:
             (function, (gx, gy, gz), (bx, by, bz), smem, stream, self.device, (given.x, given.y))
         )  # fmt: skip
 
+    def launch_together(self, *words):
+        self.launch(*words, None)
+        self.launches[-1] += ("together",)
+
 
 class OnDevice:
     def __init__(self, machine, index):
@@ -78,6 +82,7 @@ def machine(monkeypatch, tmp_path):
     cupy.cuda = SimpleNamespace(Device=lambda index: OnDevice(made, index))
     driver = ModuleType("cupy_backends.cuda.api.driver")
     driver.launchKernel = made.launch
+    driver.launchCooperativeKernel = made.launch_together
     api = ModuleType("cupy_backends.cuda.api")
     api.driver = driver
     nvrtc = ModuleType("cupy_backends.cuda.libs.nvrtc")
@@ -180,6 +185,11 @@ def test_clusters_go_to_the_driver_with_their_size(machine, monkeypatch):
     assert device == 1
     assert pointer.value
     assert not machine.launches
+
+
+def test_a_cooperative_launch_is_made_as_one(machine):
+    kernels.load("append", APPEND, device=1).launch((3, 2, 1), (64, 1, 1), Params(5, 0.5), 16, cooperative=True)
+    assert machine.launches == [(1001, (3, 2, 1), (64, 1, 1), 16, 7001, 1, (5, 0.5), "together")]
 
 
 class Driver:
