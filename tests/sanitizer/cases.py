@@ -27,6 +27,7 @@ import torch
 from twilight import Selection, ops
 from twilight.budget import Budget
 from twilight.ops.quantize import shadow_bytes, split_shadow
+from twilight.ops.token_top_k import launch
 from twilight.resources import folder
 
 Case = Callable[["At"], Iterator[Any]]
@@ -161,9 +162,14 @@ class Cache:
         """Return what `append` is to bring up to date, as it is for the keys that are there."""
         if rule != "label":
             return ops.Summary(rule, self.vectors(rule, bits))
-        channels = torch.stack([self._order(self._keys.shape[-1])[:16] for _ in range(self.heads)]).int()
+        channels, labels = self.labels(16, bits)
+        return ops.Summary(rule, labels, channels)
+
+    def labels(self, r: int, bits: int | None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Return channels, and the labels that they make of the keys."""
+        channels = torch.stack([self._order(self._keys.shape[-1])[:r] for _ in range(self.heads)]).int()
         labels = ops.key_labels(self._keys, channels, bits)
-        return ops.Summary(rule, tuple(map(self._owned, labels)), self.at.put(channels))
+        return self.at.put(channels), tuple(map(self._owned, labels))
 
     def select(self, granularity: int = 1, *, share: float = 0.5, log_weight: bool = False) -> Selection:
         """Select a share of each row's entries: everything in the first, nothing in the last of several."""
@@ -248,13 +254,12 @@ def page_scores(at: At) -> Iterator[Any]:
 
 @case("top_k")
 def top_k(at: At) -> Iterator[Any]:
-    # In registers, in shared memory, and in a workspace; a group that no template is made for.
+    # Scores in registers, or read twice; a group that no template is made for.
     for n, group, granularity, lengths in (
         (33, 4, 16, RAGGED),
         (33, 5, 16, (530, 0)),
         (2500, 2, 16, (40000, 7)),
-        (9001, 1, 16, (144016,)),
-        (60000, 1, 1, (60000,)),
+        (8192, 1, 16, (131072,)),
     ):
         scores, counts = at.randn(len(lengths), 2 * group, n), at.ints([[9, 1]] * len(lengths))
         for reduce, newest in (("softmax", True), ("max", False)):
@@ -265,21 +270,46 @@ def top_k(at: At) -> Iterator[Any]:
 
 @case("token_top_k")
 def token_top_k(at: At) -> Iterator[Any]:
-    # Teams of one block and of several a row, on halves and on floats.
-    for n, rows, dtype in ((20000, 1, torch.float16), (13000, 70, torch.float32), (70001, 1, torch.float32)):
-        scores, counts = at.randn(rows, 4, n).to(dtype), at.ints([[n // 4, 9]] * rows)
-        chosen = at.run(ops.top_k, scores, counts, at.ints([n] * rows), granularity=1, capacity=n // 4)
-        yield chosen.indices, chosen.lengths
+    def apart(*args: Any, backend: str, lse: torch.Tensor | None = None, **options: Any) -> Selection:
+        """Let blocks meet in global memory, as without clusters."""
+        if backend == "torch":
+            return ops.top_k(*args, backend="torch", lse=lse, **options)
+        return launch(*args, lse, clusters=False, **options)
+
+    # A block alone, teams, rows of every kind, and keys that no shared memory holds.
+    for n, group, lengths, dtype in (
+        (700, 4, (700, 0, 1), torch.float16),
+        (9001, 3, (9001, 40), torch.float32),
+        (20000, 4, (20000,), torch.float16),
+        (1_000_000, 1, (1_000_000,), torch.float16),
+    ):
+        scores = at.randn(len(lengths), 2 * group, n, dtype=dtype)
+        lse = at.randn(len(lengths), 2 * group)
+        counts = at.ints([[max(1, n // 4), 1]] * len(lengths))
+        for operator, reduce, given, newest in (
+            (ops.top_k, "softmax", None, True),
+            (ops.top_k, "max", None, False),
+            (apart, "softmax", lse, False),
+            (apart, "softmax", None, True),
+        ):
+            options = {"reduce": reduce, "scale": 1.0, "force_newest": newest, "granularity": 1, "capacity": n // 4}
+            chosen = at.run(operator, scores, counts, at.ints(lengths), lse=given, **options)
+            yield chosen.indices, chosen.lengths
 
 
 @case("label_scores")
 def label_scores(at: At) -> Iterator[Any]:
-    for (group, dim, page, dtype), r, bits in zip(SHAPES, (16, 32, 10), (4, 2, None), strict=True):
-        cache = at.cache(RAGGED, group=group, dim=dim, page=page, dtype=dtype)
-        channels = torch.stack([torch.randperm(dim, generator=at.generator)[:r] for _ in range(cache.k_pages.shape[1])])
-        channels = at.put(channels.int())
-        label = ops.key_labels(cache.k_pages, channels, bits)
-        yield at.run(ops.label_scores, cache.q, label, channels, cache.table, cache.seq_lens, with_lse=True)
+    # Labels in 2 and 4 bits and as they are; r that the kernel is made for, and one that it is not.
+    for r, heads, (group, dim, page, dtype) in zip((16, 64, 6), (2, 3, 1), SHAPES, strict=True):
+        for lengths in (RAGGED, (530,)):
+            cache = at.cache(lengths, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
+            for bits in (4, None) if r == 6 else (2, 4, None):
+                channels, label = cache.labels(r, bits)
+                paged = (cache.table, cache.seq_lens)
+                for out, with_lse in ((torch.half, True), (torch.float, False)):
+                    options = {"out_dtype": out, "with_lse": with_lse}
+                    scores, lse = at.run(ops.label_scores, cache.q, label, channels, *paged, **options)
+                    yield (scores, lse) if with_lse else scores
 
 
 @case("spgemv")
