@@ -164,6 +164,8 @@ def unsupported(
         return f"head_dim is {dim}; the kernel is made for {', '.join(map(str, _DIMS))}"
     if group > 8:
         return f"a group has {group} query heads; the kernel takes up to 8"
+    if q.shape[0] * k_pages.shape[1] > 65535:
+        return f"{q.shape[0] * k_pages.shape[1]} rows are more than a grid's 65535"
     if page_size not in (16, 32):
         return f"page_size is {page_size}; the kernel takes 16 and 32"
     if vectors and (vectors[0].dtype != torch.uint8 or vectors[0].shape[-1] not in (dim, 2 * dim)):
@@ -285,7 +287,7 @@ def _cuda(
     b, q_heads, dim = q.shape
     shape = _shape(q, k_pages, vectors, page_table, budget)
     rows, max_pages, capacity, group, _, count, page_size = shape
-    kv_heads, index, device = rows // b, q.get_device(), q.device
+    kv_heads, index, device = k_pages.shape[1], q.get_device(), q.device
     plan = _plan(*shape, index)
     assert plan is not None
     n = capacity * page_size
@@ -311,7 +313,7 @@ def _cuda(
         kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, sms if plan.cluster == 1 and rows > sms else 0,
+        plan.entries, sms if plan.cluster == 1 and plan.warps == 8 and dim < 256 and rows > sms else 0,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
     return FusedDecode(
