@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from twilight import Geometry, PagedKVCache, Selector
+from twilight import Geometry, PagedKVCache, Pruner, Selector
 
 
 def fill(
@@ -15,6 +15,7 @@ def fill(
     selector: Selector | None = None,
     spare: int = 1,
     shift: float = 0.0,
+    pruner: Pruner | None = None,
 ) -> tuple[PagedKVCache, list[torch.Tensor], list[torch.Tensor]]:
     """Return a cache and, for each layer, the keys and the values in it, `[b, longest, Hkv, d]`.
 
@@ -22,7 +23,13 @@ def fill(
     added to all numbers.
     """
     pages = sum(-(-length // geometry.page_size) for length in lengths)
-    cache = PagedKVCache(geometry, num_rows=len(lengths), num_pages=pages + spare * len(lengths), selector=selector)
+    cache = PagedKVCache(
+        geometry,
+        num_rows=len(lengths),
+        num_pages=pages + spare * len(lengths),
+        selector=selector,
+        pruner=pruner,
+    )
     shape = (len(lengths), max(lengths), geometry.num_kv_heads, geometry.head_dim)
     past = torch.arange(shape[1]) >= torch.tensor(lengths)[:, None]
     keys, values = [], []

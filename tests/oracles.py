@@ -81,6 +81,38 @@ def top_p(logits: Sequence[float], p: float) -> set[int]:
     return kept
 
 
+def bounded_top_p(logits: Sequence[float], p: float, least: int, most: int | None) -> set[int]:
+    """Return what top-p keeps between a floor and a ceiling: go down the classes of equal logits, one at a time."""
+    real = [i for i in range(len(logits)) if logits[i] != -math.inf]
+    weights = softmax(np.asarray(logits, dtype=np.float64)) if real else []
+    kept: set[int] = set()
+    for level in sorted({logits[i] for i in real}, reverse=True):
+        mass = math.fsum(weights[i] for i in kept)
+        enough = (p < 1 and mass >= p) and len(kept) >= least
+        if kept and (enough or (most is not None and len(kept) >= most)):
+            break
+        kept |= {i for i in real if logits[i] == level}
+    return kept
+
+
+def threshold(logits: Sequence[float], share: float, weight: float) -> set[int]:
+    """Return the entries that weigh at least `share` of the heaviest and `weight` of all; the heaviest in any case."""
+    weights = softmax(np.asarray(logits, dtype=np.float64))
+    real = [i for i in range(len(logits)) if logits[i] != -math.inf]
+    top = max(weights)
+    return {i for i in real if weights[i] == top or (weights[i] >= share * top and weights[i] >= weight)}
+
+
+def mean_value(values: np.ndarray, *, packed: bool) -> np.ndarray:
+    """Return the mean of a page's values `[n, d]`, as 8 bits read back if `packed`."""
+    mean = values.astype(np.float64).mean(0)
+    if not packed:
+        return mean
+    zero = np.float64(np.float16(mean.min()))
+    scale = np.float64(np.float16(max((mean.max() - zero) / 255, 2.0**-14)))
+    return scale * np.clip(np.rint((mean - zero) / scale), 0, 255) + zero
+
+
 def attend(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, log_weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, float]:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests import oracles
-from twilight import Geometry, LayerCache, MetadataSpec, OutOfPagesError, PagedKVCache, Selector
+from twilight import BoundedTopP, Geometry, LayerCache, MetadataSpec, OutOfPagesError, PagedKVCache, Selector
 from twilight.ops.quantize import split_shadow
 
 PAGE, HEADS, DIM, LAYERS = 4, 2, 4, 2
 GEOMETRY = Geometry(LAYERS, 4, HEADS, DIM, PAGE, torch.float32, layer_ids=(2, 8))
+PRUNER = BoundedTopP(tail="page_mean", tail_type="native")
 
 
 class Summaries(Selector):
@@ -80,6 +81,8 @@ def check_row(cache: PagedKVCache, row: int, tokens: list[Token]) -> None:
             page = int(layer.page_table[row, logical])
             assert np.array_equal(layer.metadata("max")[page].numpy(), mine.max(0))
             assert np.array_equal(layer.metadata("min")[page].numpy(), mine.min(0))
+            values = [token.v[place].astype(np.float64) for token in tokens[logical * PAGE : (logical + 1) * PAGE]]
+            np.testing.assert_allclose(layer.metadata("mean_values")[page], sum(values) / len(values), atol=1e-6)
 
 
 def snapshot(cache: PagedKVCache) -> list:
@@ -88,7 +91,8 @@ def snapshot(cache: PagedKVCache) -> list:
     host = [[list(row) for row in table.rows], list(table.lengths), table.num_free, table.num_pages, owners]
     tensors = [cache.page_table, cache.seq_lens]
     for layer in cache.layers:
-        tensors += [layer.k_pages, layer.v_pages, layer.shadow, *(layer.metadata(s.name) for s in cache.specs)]
+        tensors += [layer.k_pages, layer.v_pages, layer.shadow]
+        tensors += [layer.metadata(spec.name) for spec in (*cache.specs, *cache.pruner_specs)]
     return [host, [tensor.numpy().tobytes() for tensor in tensors]]
 
 
@@ -110,7 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
     def make(self, num_rows: int, num_pages: int, growable: bool) -> None:
         self.growable = growable
         self.cache = PagedKVCache(
-            GEOMETRY, num_rows=num_rows, num_pages=num_pages, selector=Summaries(), growable=growable
+            GEOMETRY, num_rows=num_rows, num_pages=num_pages, selector=Summaries(), pruner=PRUNER, growable=growable
         )
         self.rows: list[list[Token]] = [[] for _ in range(num_rows)]
         self.number = 0
@@ -202,7 +206,8 @@ TestRandomCalls = CacheMachine.TestCase
 
 
 def _cache(rows: int, pages: int, **options: object) -> PagedKVCache:
-    return PagedKVCache(GEOMETRY, num_rows=rows, num_pages=pages, selector=Summaries(), **options)  # type: ignore[arg-type]
+    options = {"selector": Summaries(), "pruner": PRUNER, **options}
+    return PagedKVCache(GEOMETRY, num_rows=rows, num_pages=pages, **options)  # type: ignore[arg-type]
 
 
 def _tokens(first: int, count: int) -> list[Token]:
@@ -220,7 +225,7 @@ def test_one_by_one_equals_at_once_bit_for_bit() -> None:
             for logical in range(-(-len(tokens) // PAGE)):
                 a, b = int(whole.page_table[row, logical]), int(part.page_table[row, logical])
                 assert torch.equal(whole.shadow[a], part.shadow[b]) or len(tokens) % PAGE
-                for name in ("max", "min", "first"):
+                for name in ("max", "min", "first", "mean_values"):
                     assert torch.equal(whole.metadata(name)[a], part.metadata(name)[b])
             for buffer in ("k_pages", "v_pages"):
                 mine = (row_of(layer, getattr(layer, buffer), row) for layer in (whole, part))
@@ -337,7 +342,7 @@ def test_a_summary_that_fails_leaves_the_cache_as_it_was() -> None:
                 raise RuntimeError("plugin")
             return super().summarize(keys, valid, layer)
 
-    cache = PagedKVCache(GEOMETRY, num_rows=1, num_pages=8, selector=Fails())
+    cache = _cache(1, 8, selector=Fails())
     tokens = _tokens(0, 5)
     append(cache, [tokens])
     k = torch.full((1, 3, HEADS, DIM), 100.0)
@@ -367,7 +372,18 @@ def test_nbytes_by_hand() -> None:
     kv, shadow = 3 * 10 * 2 * 16 * 128 * 2 * 2, 3 * 10 * 2 * 1088
     assert cache.nbytes() == {"kv": kv, "shadow": shadow, "metadata": 0, "state": 0}
     cache = _cache(1, 9)
-    assert cache.nbytes()["metadata"] == LAYERS * 10 * HEADS * (2 * DIM * 4 + PAGE * 8)
+    assert cache.nbytes()["metadata"] == LAYERS * 10 * HEADS * (2 * DIM * 4 + PAGE * 8 + DIM * 4)
+    packed = _cache(1, 9, pruner=BoundedTopP(tail="page_mean"))
+    assert packed.nbytes()["metadata"] == LAYERS * 10 * HEADS * (2 * DIM * 4 + PAGE * 8 + DIM + 4)
+
+
+def test_selector_and_pruner_may_not_share_a_name() -> None:
+    class Clash(Summaries):
+        def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
+            return (MetadataSpec("mean_values", (1,), torch.float32),)
+
+    with pytest.raises(ValueError, match="pruner: keeps metadata called 'mean_values', .* selector 'summaries'"):
+        _cache(1, 1, selector=Clash())
 
 
 @pytest.mark.parametrize(
@@ -395,7 +411,7 @@ def test_nbytes_by_hand() -> None:
         (lambda c, k: c.fork(0, 2), ValueError, "target: expected a row from 0 to 1, got 2"),
         (lambda c, k: c.select_rows([]), ValueError, "rows: expected at least one row"),
         (lambda c, k: c.select_rows([0, 7]), ValueError, "rows: expected a row from 0 to 1, got 7"),
-        (lambda c, k: c.layers[0].metadata("mean"), ValueError, "no 'mean' .there is: 'max', 'min', 'first'"),
+        (lambda c, k: c.layers[0].metadata("mean"), ValueError, "no 'mean' .there is: 'max', 'min', 'first', 'mean_v"),
     ],
 )
 def test_refusals_change_nothing(call: Callable, error: type[Exception], message: str) -> None:

@@ -15,7 +15,7 @@ from twilight.cache import LayerCache, PagedKVCache
 from twilight.errors import OutOfPagesError, TwilightError
 from twilight.geometry import Geometry
 from twilight.hookspecs import hookimpl
-from twilight.pruner import NoPruning, TopP
+from twilight.pruner import BoundedTopP, NoPruning, Pruner, Threshold, TopP
 from twilight.selection import Selection
 from twilight.selector import MetadataSpec, PageRanking, Selector, StateSpec, check_reduce, combine_group
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoundedTopP",
     "Budget",
     "Geometry",
     "LayerCache",
@@ -33,9 +34,11 @@ __all__ = [
     "OutOfPagesError",
     "PageRanking",
     "PagedKVCache",
+    "Pruner",
     "Selection",
     "Selector",
     "StateSpec",
+    "Threshold",
     "TopP",
     "TwilightAttention",
     "TwilightError",

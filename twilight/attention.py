@@ -43,7 +43,7 @@ class TwilightAttention:
     ) -> None:
         if not isinstance(selector, Selector):
             raise TypeError(f"selector: expected a twilight.Selector, got {type(selector).__name__}")
-        if pruner is not None and not (callable(pruner) and hasattr(pruner, "needs_logits")):
+        if pruner is not None and not isinstance(pruner, Pruner):
             raise TypeError(f"pruner: expected a pruner such as TopP(0.95), got {type(pruner).__name__}")
         whole = isinstance(min_context, int) and not isinstance(min_context, bool) and min_context >= 0
         if not whole and min_context != "auto":
@@ -68,7 +68,7 @@ class TwilightAttention:
             `(out, lse)`: `[b, Hq, d]` in the type of q, and `[b, Hq]` float32.
         """
         check_query(q, layer)
-        self._check_selector(layer)
+        self._check_cache(layer)
         check_tensor("k", k, (q.shape[0], layer.geometry.num_kv_heads, layer.geometry.head_dim))
         self.budget.check_capacity(layer.capacity)
         layer.append(k, v)
@@ -112,9 +112,9 @@ class TwilightAttention:
                 sm_scale=scale,
                 out_dtype=dtype,
             )
-        kept = self.pruner(logits, candidates, lens)
+        kept = self.pruner(logits, candidates, layer)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
-        out, lse = ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
+        out, lse = ops.sparse_attention(q, *pages, kept.selection, tail=kept.tail, sm_scale=scale)
         return self.selector.finish(q, layer, kept.selection, out, lse)
 
     def _one_launch(self, q: torch.Tensor, layer: LayerCache) -> FusedDecode | None:
@@ -142,15 +142,22 @@ class TwilightAttention:
             backend="cuda",
         )
 
-    def _check_selector(self, layer: LayerCache) -> None:
-        """Refuse a cache that keeps another selector's data, or the same selector's with other parameters."""
-        if layer.selector == self.selector:
-            return
+    def _check_cache(self, layer: LayerCache) -> None:
+        """Refuse a cache that keeps another selector's data, or the same selector's with other parameters.
+
+        A pruner's metadata depends on no more than what it declares, so that p may change between two steps.
+        """
         g = layer.geometry
-        if layer.specs or layer.state_specs or self.selector.metadata(g) or self.selector.state(g):
+        selects = layer.specs or layer.state_specs or self.selector.metadata(g) or self.selector.state(g)
+        if layer.selector != self.selector and selects:
             raise ValueError(
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"
+            )
+        if not set(self.pruner.metadata(layer.geometry)) <= set(layer.pruner_specs):
+            raise ValueError(
+                f"layer: its cache keeps nothing for {self.pruner!r}\n"
+                "  make it with PagedKVCache(..., pruner=attention.pruner)"
             )
 
 

@@ -1,4 +1,4 @@
-"""PagedKVCache: keys, values, the 4-bit copy of the keys and the selector's metadata, in pages."""
+"""PagedKVCache: keys, values, the 4-bit copy of the keys and the metadata of selector and pruner, in pages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from twilight.geometry import Geometry
 from twilight.ops.quantize import shadow_bytes
 from twilight.ops.summaries import Summary
 from twilight.pages import Extension, PageTable
+from twilight.pruner import Pruner
 from twilight.selector import MetadataSpec, Selector, StateSpec
 from twilight.state import RowState
 
@@ -61,7 +62,7 @@ class LayerCache:
             spec.name: buffer(
                 old.get(spec.name), (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
             )
-            for spec in self.specs
+            for spec in (*self.specs, *self.pruner_specs)
         }
         self._summary = self._kept_by_append()
 
@@ -83,7 +84,7 @@ class LayerCache:
 
     @property
     def _summarized(self) -> tuple[str, ...]:
-        """Metadata that `append` leaves to `Selector.summarize`."""
+        """Metadata that `append` leaves to `Selector.summarize` and `Pruner.summarize`."""
         return () if self.dense else self._cache._summarized
 
     @property
@@ -105,6 +106,11 @@ class LayerCache:
     def state_specs(self) -> tuple[StateSpec, ...]:
         """What it keeps for each row."""
         return () if self.dense else self._cache.state_specs
+
+    @property
+    def pruner_specs(self) -> tuple[MetadataSpec, ...]:
+        """The metadata that the cache keeps for a pruner."""
+        return () if self.dense else self._cache.pruner_specs
 
     @property
     def page_table(self) -> torch.Tensor:
@@ -141,12 +147,12 @@ class LayerCache:
         return self._cache._budget(policy)
 
     def metadata(self, name: str) -> torch.Tensor:
-        """Return a tensor that the selector declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
+        """Return a tensor that selector or pruner declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
         if name not in self._metadata:
             there = ", ".join(map(repr, self._metadata)) or "none"
             raise ValueError(
                 f"metadata: this cache keeps no '{name}' (there is: {there}). "
-                "Make it with PagedKVCache(..., selector=...) of the selector that decodes."
+                "Make it with PagedKVCache(..., selector=..., pruner=...) of the attention that decodes."
             )
         return self._metadata[name]
 
@@ -174,7 +180,7 @@ class LayerCache:
         )  # fmt: skip
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
-        """Add tokens to the sequences: K, V, the 4-bit copy and the selector's metadata.
+        """Add tokens to the sequences: K, V, the 4-bit copy and the metadata.
 
         The first layer that appends in a step makes room for all of them; each other layer then appends as many.
 
@@ -224,17 +230,23 @@ class LayerCache:
             buffer[target] = buffer[source]
 
     def _summarize(self, pages: torch.Tensor, valid: torch.Tensor, names: Sequence[str] | None = None) -> None:
-        """Let the selector compute the metadata of these pages, all of it or that of some names."""
+        """Let selector and pruner compute the metadata of these pages, all of it or that of some names."""
         names = tuple(self._metadata) if names is None else names
         if not names:
             return
         for chunk in range(0, len(pages), _SUMMARIZE_PAGES):
             which, mask = pages[chunk : chunk + _SUMMARIZE_PAGES], valid[chunk : chunk + _SUMMARIZE_PAGES]
-            keys = self.k_pages[which].masked_fill(~mask[:, None, :, None], 0)
-            summary = self._cache.selector.summarize(keys, mask, self.index)
-            for name in names:
-                buffer = self._metadata[name]
-                buffer[which] = summary[name].to(buffer.dtype)
+            for source, pages_of, specs in (
+                (self._cache.selector, self.k_pages, self.specs),
+                (self._cache.pruner, self.v_pages, self.pruner_specs),
+            ):
+                wanted = [spec.name for spec in specs if spec.name in names]
+                if wanted:
+                    held = pages_of[which].masked_fill(~mask[:, None, :, None], 0)
+                    summary = source.summarize(held, mask, self.index)
+                for name in wanted:
+                    buffer = self._metadata[name]
+                    buffer[which] = summary[name].to(buffer.dtype)
 
 
 class PagedKVCache:
@@ -248,6 +260,7 @@ class PagedKVCache:
         num_rows: sequences, b.
         num_pages: pages to begin with.
         selector: whose metadata is kept beside the keys, and whose state beside the rows.
+        pruner: whose metadata is kept beside the values.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
         dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
@@ -261,6 +274,7 @@ class PagedKVCache:
         num_rows: int,
         num_pages: int,
         selector: Selector | None = None,
+        pruner: Pruner | None = None,
         growable: bool = False,
         max_pages: int | None = None,
         dense_layers: Sequence[int] = (),
@@ -273,10 +287,17 @@ class PagedKVCache:
         self.selector.prepare(geometry)
         self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
         self.state_specs: tuple[StateSpec, ...] = self.selector.state(geometry)
+        self.pruner = pruner if pruner is not None else Pruner()
+        self.pruner_specs: tuple[MetadataSpec, ...] = self.pruner.metadata(geometry)
+        taken = {spec.name for spec in self.specs} & {spec.name for spec in self.pruner_specs}
+        if taken:
+            raise ValueError(
+                f"pruner: keeps metadata called '{min(taken)}', and so does the selector '{self.selector.name}'"
+            )
         # One launch keeps one rule; what else there is, the selector summarises.
         rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
         self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
-        self._summarized = tuple(spec.name for spec in self.specs if spec.rule != rule)
+        self._summarized = tuple(spec.name for spec in (*self.specs, *self.pruner_specs) if spec not in self._kept)
         self.table = PageTable(num_pages, geometry.page_size, num_rows)
         self._growable = growable
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)

@@ -32,6 +32,8 @@ class Record:
         b1_group: `[b, Hkv]`, tokens read: the union over the group.
         mass: `[b, Hq]`, share of the candidates' estimated mass that the query head's own tokens hold.
         selector_bytes: bytes that the selector reads for each token of the sequence and kv head.
+        tail_pages: `[b, Hkv]`, pages whose mean value is read in place of their pruned tokens.
+        tail_bytes: bytes of one such mean.
         estimated: whether the 4-bit keys of the candidates were read.
         dense: the step ran densely.
     """
@@ -44,15 +46,18 @@ class Record:
     b1_group: torch.Tensor
     mass: torch.Tensor
     selector_bytes: float
+    tail_pages: torch.Tensor
+    tail_bytes: int
     estimated: bool
     dense: bool
 
     def kv_bytes(self) -> float:
-        """Return the bytes read: selector metadata, 4-bit keys of the candidates, K and V of what is kept."""
+        """Return the bytes read: selector metadata, 4-bit keys of the candidates, K and V of what is kept, the tail."""
         g = self.geometry
         select = 0.0 if self.dense else float(self.seq_lens.sum()) * g.num_kv_heads * self.selector_bytes
         estimate = float(self.b0.sum()) * shadow_bytes(g.page_size, g.head_dim) / g.page_size if self.estimated else 0.0
-        return select + estimate + float(self.b1_group.sum()) * token_bytes(g)
+        tail = float(self.tail_pages.sum()) * self.tail_bytes
+        return select + estimate + float(self.b1_group.sum()) * token_bytes(g) + tail
 
     def dense_bytes(self) -> float:
         """Return the bytes that dense attention reads."""
@@ -122,6 +127,8 @@ class Stats:
                 b1_group=read,
                 mass=mass.repeat_interleave(per_query, dim=1),
                 selector_bytes=selector.bytes_per_token(g),
+                tail_pages=torch.zeros_like(read) if kept.tail is None else kept.tail.pages.lengths,
+                tail_bytes=0 if kept.tail is None else kept.tail.means.bytes_per_page,
                 estimated=estimated,
                 dense=False,
             )
@@ -135,7 +142,8 @@ class Stats:
         heads = lens[:, None].expand(-1, g.num_kv_heads)
         queries = lens[:, None].expand(-1, g.num_q_heads)
         ones = torch.ones_like(queries, dtype=torch.float32)
-        self.records.append(Record(layer.index, g, lens, heads, queries, heads, ones, 0.0, False, True))
+        none = torch.zeros_like(heads)
+        self.records.append(Record(layer.index, g, lens, heads, queries, heads, ones, 0.0, none, 0, False, True))
 
     def by_layer(self) -> dict[int, list[Record]]:
         """Return the records of each layer, in order."""
@@ -163,6 +171,7 @@ class Stats:
                     "b1_query": spread(torch.cat([r.b1_query.flatten() for r in records])),
                     "b1_group": spread(torch.cat([r.b1_group.flatten() for r in records])),
                     "mass": spread(torch.cat([r.mass.flatten() for r in records])),
+                    "tail_pages": spread(torch.cat([r.tail_pages.flatten() for r in records])),
                     "kv_bytes": sum(record.kv_bytes() for record in records),
                     "dense_bytes": sum(record.dense_bytes() for record in records),
                 }

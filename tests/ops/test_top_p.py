@@ -108,6 +108,59 @@ def test_mass_is_reached_and_the_set_is_minimal(logits: list[float], p: float) -
         assert kept == oracles.top_p(logits, p)
 
 
+def _bounded(logits: list[float], p: float, least: int, most: int | None) -> set[int]:
+    row = torch.tensor(logits, dtype=torch.float64)
+    return set(top_p_mask(row, p, min_tokens=least, max_tokens=most).nonzero().flatten().tolist())
+
+
+def test_worked_bounds() -> None:
+    logits = torch.tensor([0.30, 0.05, 0.20, 0.02, 0.15, 0.10, 0.08, 0.06, 0.04], dtype=torch.float64).log().tolist()
+    assert _bounded(logits, 0.85, 1, None) == {0, 2, 4, 5, 6, 7}
+    assert _bounded(logits, 0.85, 1, 3) == {0, 2, 4}  # the ceiling cuts
+    assert _bounded(logits, 0.25, 3, None) == {0, 2, 4}  # the floor fills up
+    assert _bounded(logits, 0.25, 3, 3) == {0, 2, 4}
+    assert _bounded(logits, 0.85, 3, 8) == {0, 2, 4, 5, 6, 7}  # neither is met
+    assert _bounded(logits, 0.85, 20, None) == set(range(9))  # no more than there are
+    assert _bounded(logits, 1.0, 1, 4) == {0, 2, 4, 5}  # p = 1 under a ceiling is top-k
+
+
+def test_bounds_never_cut_through_a_class_of_ties() -> None:
+    ties = [1.0, 0.0, 0.0, 0.0, -1.0, -1.0, -2.0]
+    assert _bounded(ties, 0.99, 1, 2) == {0, 1, 2, 3}  # more than the ceiling, but no tie is preferred
+    assert _bounded(ties, 0.3, 5, None) == {0, 1, 2, 3, 4, 5}
+    assert _bounded([0.5] * 6, 0.9, 1, 1) == set(range(6))
+
+
+def test_a_ceiling_reaches_candidates_that_weigh_nothing() -> None:
+    # Beyond 745 nats a weight is 0 in float64; the order of the logits is still there to cut by.
+    assert _bounded([0.0, -1000.0, -3000.0, -2000.0], 1.0, 1, 3) == {0, 1, 3}
+    assert _bounded([0.0, -1000.0, -3000.0, -2000.0], 0.5, 2, None) == {0, 1}
+
+
+@given(
+    st.lists(logit, min_size=1, max_size=40),
+    st.one_of(st.floats(1e-6, 1.0), st.just(1.0)),
+    st.integers(1, 12),
+    st.one_of(st.none(), st.integers(0, 30)),
+)
+@example([-INF] * 3, 0.5, 2, None)
+def test_bounds_by_loops(logits: list[float], p: float, least: int, more: int | None) -> None:
+    most = None if more is None else least + more
+    weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), -1).sort(descending=True).values
+    if p < 1 and (weights.cumsum(-1) - p).abs().min() < 1e-9:
+        return  # rounding decides
+    kept = _bounded(logits, p, least, most)
+    assert kept == oracles.bounded_top_p(logits, p, least, most)
+    if most is None:
+        assert kept >= _bounded(logits, p, 1, None)
+
+
+def test_a_sick_row_keeps_its_candidates_whatever_the_ceiling() -> None:
+    logits = torch.tensor([[1.0, math.nan, -INF, 0.0], [INF, 1.0, -INF, 0.0], [3.0, 1.0, -INF, 0.0]])
+    kept = top_p_mask(logits, 0.5, max_tokens=1)
+    assert kept.tolist() == [[True, True, False, True], [True, True, False, True], [True, False, False, False]]
+
+
 @given(st.lists(logit, min_size=1, max_size=30), st.floats(1e-6, 1.0), st.floats(1e-6, 1.0))
 def test_more_mass_never_keeps_less(logits: list[float], p: float, other: float) -> None:
     row = torch.tensor(logits, dtype=torch.float64)
@@ -192,6 +245,23 @@ def test_keep_all_keeps_what_was_proposed() -> None:
 def test_refuses_a_mass_outside_its_range(p: float) -> None:
     with pytest.raises(ValueError, match=r"p: expected a float in \(0, 1\], got"):
         top_p_mask(torch.zeros(3), p)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "error", "message"),
+    [
+        ({"min_tokens": 0}, ValueError, "min_tokens: expected at least 1, got 0"),
+        ({"min_tokens": 2.0}, TypeError, "min_tokens: expected an int, got float"),
+        ({"max_tokens": 0}, ValueError, "max_tokens: expected at least 1, got 0"),
+        ({"min_tokens": 9, "max_tokens": 8}, ValueError, "max_tokens: expected at least min_tokens=9, got 8"),
+    ],
+)
+def test_refuses_bounds_out_of_order(bounds: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        top_p_mask(torch.zeros(3), 0.5, **bounds)
+    candidates = Selection(torch.zeros(1, 1, 3, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32))
+    with pytest.raises(error, match=message):
+        ops.top_p(torch.zeros(1, 1, 3), candidates, torch.tensor([8], dtype=torch.int32), 0.5, **bounds)
 
 
 def test_refuses_logits_of_other_candidates() -> None:

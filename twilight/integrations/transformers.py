@@ -27,7 +27,7 @@ from twilight.geometry import Geometry
 from twilight.integrations.transformers_cache import TwilightCache, TwilightLayer
 from twilight.integrations.transformers_rotary import rotary_frequencies
 from twilight.ops.dense_attention import gather_dense
-from twilight.pruner import Pruner, TopP
+from twilight.pruner import BoundedTopP, Pruner, TopP
 from twilight.registry import create_selector
 from twilight.selector import Selector
 from twilight.stats import Stats
@@ -60,13 +60,15 @@ class Handle:
     @property
     def p(self) -> float:
         """The mass that top-p keeps; set it to change p between runs."""
-        if not isinstance(self.attention.pruner, TopP):
+        if not isinstance(self.attention.pruner, (TopP, BoundedTopP)):
             raise AttributeError(f"p: this handle prunes with {self.attention.pruner!r}")
         return self.attention.pruner.p
 
     @p.setter
     def p(self, value: float) -> None:
-        self.attention.pruner = TopP(value)
+        if not isinstance(self.attention.pruner, (TopP, BoundedTopP)):
+            raise AttributeError(f"p: this handle prunes with {self.attention.pruner!r}, which has none")
+        self.attention.pruner = replace(self.attention.pruner, p=value)
 
     def __repr__(self) -> str:
         attention = self.attention
@@ -75,7 +77,10 @@ class Handle:
     def cache(self) -> TwilightCache:
         """Return an empty cache for ``generate(..., past_key_values=...)``; one for each batch of sequences."""
         own = DynamicCache(config=self._config).layers
-        return TwilightCache(own, self._geometry.layer_ids, self._geometry, self.attention.selector, self._announce)
+        attention = self.attention
+        return TwilightCache(
+            own, self._geometry.layer_ids, self._geometry, attention.selector, attention.pruner, self._announce
+        )
 
     def stats(self) -> Stats:
         """Return what the sparse layers read since the handle was made, or since ``stats().clear()``."""

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.geometry import Geometry
+from twilight.pruner import Pruner
 from twilight.selector import Selector
 
 # transformers 5 calls crop with minus the tokens to remove, 4.57 with the length to keep (or minus the tokens).
@@ -88,7 +89,7 @@ class TwilightCache(Cache):
         layers: transformers' own layer caches, one a layer; those named in `sparse` are replaced.
         sparse: numbers of the layers that attend sparsely.
         geometry: sizes; type and device are taken from the first keys that arrive.
-        selector: whose metadata is kept.
+        selector, pruner: whose metadata is kept.
         announce: called with each layer that is about to attend, and its new keys.
     """
 
@@ -98,10 +99,12 @@ class TwilightCache(Cache):
         sparse: Sequence[int],
         geometry: Geometry,
         selector: Selector,
+        pruner: Pruner,
         announce: Callable[[TwilightLayer, torch.Tensor], None],
     ) -> None:
         self._geometry = geometry
         self._selector = selector
+        self._pruner = pruner
         self._first = min(sparse, default=0)
         self._slots = {index: slot for slot, index in enumerate(sparse)}
         self.announce = announce
@@ -203,7 +206,9 @@ class TwilightCache(Cache):
             geometry = replace(self._geometry, dtype=k.dtype, device=k.device)
             # Room for the prompt and a page a row to go on with; the pool doubles from there.
             pages = rows * (-(-new // geometry.page_size) + 1)
-            self.paged = PagedKVCache(geometry, num_rows=rows, num_pages=pages, selector=self._selector, growable=True)
+            self.paged = PagedKVCache(
+                geometry, num_rows=rows, num_pages=pages, selector=self._selector, pruner=self._pruner, growable=True
+            )
             self.real = torch.empty(rows, 0, dtype=torch.bool)
         elif self.paged.num_rows != rows:
             raise ValueError(f"past_key_values: the cache holds {self.paged.num_rows} sequences, the batch has {rows}")

@@ -15,11 +15,15 @@ from twilight.ops.rotate import rotate
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
+from twilight.ops.tail import PageMeans, Tail, dequantize_means, mean_tail, page_tail, quantize_means
+from twilight.ops.threshold import threshold
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
+    "PageMeans",
     "Summary",
+    "Tail",
     "append",
     "attention_mass",
     "attention_weights",
@@ -27,21 +31,26 @@ __all__ = [
     "dense_attention",
     "dequantize",
     "dequantize_bounds",
+    "dequantize_means",
     "estimate_scores",
     "exact_logits",
     "fused_decode",
     "keep_all",
     "key_labels",
     "label_scores",
+    "mean_tail",
     "merge",
     "new_positions",
     "page_bounds",
     "page_means",
     "page_scores",
+    "page_tail",
     "quantize",
     "quantize_bounds",
     "rotate",
+    "quantize_means",
     "sparse_attention",
+    "threshold",
     "top_k",
     "top_p",
 ]

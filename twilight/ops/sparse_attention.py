@@ -13,6 +13,7 @@ from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_tensor
 from twilight.ops.paging import gather_tokens
 from twilight.ops.scratch import counters, shared_memory
+from twilight.ops.tail import Tail
 from twilight.selection import Selection
 
 HEADS_PER_ROW = 8
@@ -53,10 +54,11 @@ def sparse_attention(
     seq_lens: torch.Tensor,
     selection: Selection,
     *,
+    tail: Tail | None = None,
     sm_scale: float | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to the selected tokens, renormalised over them.
+    """Attend to the selected tokens, renormalised over them and the tail.
 
     Every query head attends to the whole list of its kv head. Softmax and accumulation are in float32.
 
@@ -66,6 +68,7 @@ def sparse_attention(
         page_table: `[b, max_pages]` int32.
         seq_lens: `[b]` int32.
         selection: tokens or pages. Its `log_weight` is added to the logits.
+        tail: pseudo-tokens, logit and value given, that count as tokens do; see `twilight.ops.tail`.
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
         backend: which implementation. The kernel takes half and bfloat16, d of 64, 128 or 256, and pages of a power of
             two tokens.
@@ -79,11 +82,14 @@ def sparse_attention(
     if q.shape[1] % k_pages.shape[1]:
         raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[1]}")
     selection.check_fits("selection", seq_lens.shape[0], q.shape[1], k_pages.shape[1])
+    if tail is not None:
+        tail.pages.check_fits("tail.pages", seq_lens.shape[0], q.shape[1], k_pages.shape[1])
+        check_tensor("tail.means.values[0]", tail.means.values[0], (*k_pages.shape[:2], k_pages.shape[3]))
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     unsupported = unsupported_attention(q, k_pages, v_pages) or _unsupported_selection(selection)
     if kernels.use_kernel(backend, q.device, unsupported):
         return launch_attention(q, k_pages, v_pages, page_table, seq_lens, selection, scale)
-    return _torch(q, k_pages, v_pages, page_table, seq_lens, selection, scale)
+    return _torch(q, k_pages, v_pages, page_table, seq_lens, selection, scale, tail)
 
 
 def _torch(
@@ -94,6 +100,7 @@ def _torch(
     seq_lens: torch.Tensor,
     selection: Selection,
     scale: float,
+    tail: Tail | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     page_size = k_pages.shape[2]
     positions, valid = selection.positions(seq_lens)
@@ -107,9 +114,22 @@ def _torch(
         logits = logits + log_weight.unflatten(1, (k_pages.shape[1], -1))
     # Masked last: what lies behind a row's end may be anything, the log_weight there too.
     logits = logits.masked_fill(~valid.unsqueeze(2), -torch.inf)
+    if tail is not None:
+        extra, means = _pseudo_tokens(tail, page_table)
+        logits, v = torch.cat([logits, extra], dim=-1), torch.cat([v, means], dim=2)
     lse = logits.logsumexp(-1)
     weights = torch.softmax(logits, dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0)
     return (weights @ v).flatten(1, 2).to(q.dtype), lse.flatten(1)
+
+
+def _pseudo_tokens(tail: Tail, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits `[b, Hkv, G, n]` and values `[b, Hkv, n, d]` of a tail, float32."""
+    assert tail.pages.log_weight is not None
+    counted = tail.pages.counted()
+    logical = tail.pages.indices.long().masked_fill(~counted, 0).clamp(max=page_table.shape[1] - 1)
+    pages = page_table.long().gather(1, logical.flatten(1)).view_as(logical)
+    logits = tail.pages.log_weight.unflatten(1, (logical.shape[1], -1)).masked_fill(~counted.unsqueeze(2), -torch.inf)
+    return logits, tail.means.gather(pages).masked_fill(~counted.unsqueeze(-1), 0)
 
 
 def unsupported_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor) -> str | None:

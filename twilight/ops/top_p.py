@@ -3,20 +3,25 @@
 Over one query head's candidates, `w = softmax(logits)`. Kept is `{i : w_i >= t}` for the largest t whose kept mass is
 at least p (Twilight, definition 3.3 and section 4.2). Ties at the threshold are all kept, p = 1 keeps every candidate,
 at least one is kept. A kv head then keeps what any query head of its group keeps (appendix B.2).
+
+Bounds move the threshold: with t_n the n-th largest weight, it becomes `max(min(t, t_floor), t_ceiling)`. What is kept
+is still all that reaches a threshold, ties with it included, so a class of equal weights that the ceiling cuts through
+is kept whole.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
 from twilight import kernels
-from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
+from twilight.checks import FLOAT_DTYPES, check_p, check_positive, check_tensor
 from twilight.ops.scratch import shared_memory
+from twilight.ops.tail import PageMeans, Tail, page_tail
 from twilight.selection import Selection
 
 _BINS = 512
@@ -60,19 +65,23 @@ class Pruned:
         per_query_head: `[b, Hq]` int32, tokens that each query head kept; None if that is what `selection` stands for.
         mass: `[b, Hq]` float32, the share of the candidates' estimated mass that the head's own tokens hold; None if it
             is all of it.
+        tail: pseudo-tokens that carry the mass of what was pruned; None if that is dropped.
     """
 
     selection: Selection
     per_query_head: torch.Tensor | None
     mass: torch.Tensor | None
+    tail: Tail | None = None
 
 
-def top_p_mask(logits: torch.Tensor, p: float) -> torch.Tensor:
+def top_p_mask(logits: torch.Tensor, p: float, *, min_tokens: int = 1, max_tokens: int | None = None) -> torch.Tensor:
     """Return which entries of each row top-p keeps.
 
     Args:
         logits: `[..., n]`, `-inf` where there is no candidate.
         p: mass to keep, in (0, 1].
+        min_tokens: keep so many of the heaviest, if there are so many, even where fewer reach p.
+        max_tokens: keep so many of the heaviest at most, and their ties, even where they do not reach p.
 
     Returns:
         `[..., n]` bool. A row without candidates keeps nothing. A row with a NaN or `+inf` keeps all of its candidates,
@@ -80,17 +89,29 @@ def top_p_mask(logits: torch.Tensor, p: float) -> torch.Tensor:
     """
     check_tensor("logits", logits, dtype=FLOAT_DTYPES)
     check_p(p)
+    check_bounds(min_tokens, max_tokens)
     logits = logits.double()
     candidates = logits != -torch.inf
-    if p == 1.0:
+    if p == 1.0 and max_tokens is None:
         return candidates
-    weights = torch.softmax(logits, dim=-1)
-    descending = weights.sort(dim=-1, descending=True).values
+    descending = logits.sort(dim=-1, descending=True).values
+    weights = torch.softmax(descending, dim=-1)
     # The first prefix that reaches p; rounding may leave the last one a hair below, hence the clamp.
-    reached = (descending.cumsum(-1) < p).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
-    threshold = descending.gather(-1, reached)
-    # Softmax of a row with NaN or +inf is NaN, and so is its threshold; of an empty row too, but it has no candidates.
-    return candidates & ((weights >= threshold) | threshold.isnan())
+    last = logits.shape[-1] - 1
+    reached = (weights.cumsum(-1) < p).sum(-1, keepdim=True)
+    if p == 1.0:  # whatever the rounding of the sums says
+        reached.fill_(last)
+    reached = reached.clamp(min=min_tokens - 1, max=last if max_tokens is None else max_tokens - 1)
+    threshold = descending.gather(-1, reached.clamp(max=last))
+    # Softmax of a row with NaN or +inf is NaN; of an empty row too, but that has no candidates.
+    return candidates & ((logits >= threshold) | weights.isnan().any(-1, keepdim=True))
+
+
+def check_bounds(min_tokens: object, max_tokens: object) -> None:
+    """Refuse a floor or a ceiling of the tokens of a query head that is no number, or a floor above the ceiling."""
+    check_positive("min_tokens", min_tokens)
+    if max_tokens is not None and check_positive("max_tokens", max_tokens) < min_tokens:  # type: ignore[operator]
+        raise ValueError(f"max_tokens: expected at least min_tokens={min_tokens}, got {max_tokens}")
 
 
 def top_p(
@@ -99,6 +120,9 @@ def top_p(
     seq_lens: torch.Tensor,
     p: float,
     *,
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    means: PageMeans | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> Pruned:
     """Prune candidates to the mass p.
@@ -108,19 +132,20 @@ def top_p(
         candidates: what the logits are of.
         seq_lens: `[b]` int32.
         p: mass to keep, in (0, 1].
+        min_tokens, max_tokens: bounds of what one query head keeps; see `top_p_mask`.
+        means: the mean value of every page, if what is pruned shall leave a tail (`twilight.ops.tail`).
         backend: which implementation. The kernel takes half and float32 logits and groups of up to 16. It keeps at
             least the mass p, and a few percent more tokens than the reference: see raw_kernels/top_p.cu.
     """
     check_tensor("logits", logits, (candidates.indices.shape[0], None, candidates.capacity * candidates.granularity))
     check_p(p)
+    check_bounds(min_tokens, max_tokens)
     if logits.shape[1] % candidates.indices.shape[1]:
         raise ValueError(f"logits: expected a multiple of {candidates.indices.shape[1]} heads, got {logits.shape[1]}")
     if kernels.use_kernel(backend, logits.device, _unsupported(logits, candidates)):
         return _cuda(logits, candidates, p)
-    keep = top_p_mask(logits, p)
-    weights = torch.softmax(logits.double(), dim=-1)
-    mass = (weights * keep).sum(-1).float()
-    return _union(keep, mass.nan_to_num(0.0), candidates, seq_lens)
+    keep = top_p_mask(logits, p, min_tokens=min_tokens, max_tokens=max_tokens)
+    return join_group(keep, logits, candidates, seq_lens, means)
 
 
 def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
@@ -129,6 +154,25 @@ def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
         return Pruned(candidates, None, None)  # the attention kernel reads pages as they are
     _, valid = candidates.positions(seq_lens)
     return _union(valid, torch.ones(valid.shape[:2], device=valid.device), candidates, seq_lens)
+
+
+def join_group(
+    keep: torch.Tensor, logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, means: PageMeans | None
+) -> Pruned:
+    """Keep for each kv head what any query head of its group keeps, and leave the rest to a tail if there are `means`.
+
+    Args:
+        keep: `[b, Hq, capacity * granularity]` bool, what each query head keeps.
+        logits: `[b, Hq, capacity * granularity]` estimates, `-inf` past a row's end.
+        candidates: what they are of.
+        seq_lens: `[b]` int32.
+        means: the mean value of every page, or None.
+    """
+    mass = (torch.softmax(logits.double(), dim=-1) * keep).sum(-1).float().nan_to_num(0.0)
+    pruned = _union(keep, mass, candidates, seq_lens)
+    if means is None:
+        return pruned
+    return replace(pruned, tail=page_tail(logits, candidates, pruned.selection, seq_lens, means))
 
 
 def _union(keep: torch.Tensor, mass: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor) -> Pruned:

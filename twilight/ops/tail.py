@@ -1,0 +1,181 @@
+"""Tails: what a pruner dropped, put back as one pseudo-token a page.
+
+Let C be a query head's candidates, K those that its kv head keeps, z the exact logits (scaled, `log_weight` added) and
+s their estimates from 4-bit keys. Pruning alone gives softmax(z_K) V_K, as if the pruned had no mass. A tail gives page
+j the estimated mass of its pruned tokens, on the page's mean value m_j:
+
+    L_j = log sum_{i in C \\ K, i on page j} exp(s_i)
+    out = (sum_{i in K} exp(z_i) v_i + sum_j exp(L_j) m_j) / (sum_{i in K} exp(z_i) + sum_j exp(L_j))
+
+which is plain attention over K and one pseudo-token a page, of logit L_j and value m_j. Nothing is rescaled to what was
+kept: with z = s the denominator is the mass of all candidates.
+
+Both sums are over plain exponentials of logits on one scale, so the maximum that a softmax subtracts cancels and no
+stage has to know another's. What does not cancel is the error of the estimates, s_i = z_i + e_i. It enters the tail
+only, because kept tokens count with z. Errors of a page's tokens are nearly independent and average out; what stays is
+their mean factor, E exp(e) ~ exp(var(e) / 2), and var(e) ~ |q|^2 scale_i^2 sm_scale^2 / 12: at the 0.1 to 0.3 nat that
+4 bits usually cost, a tail is 0.5 to 5 % too heavy, of itself. Anchoring it to the estimated share instead, L_j +
+lse(z_K) - lse(s_K), would hand the error of the one or two tokens that dominate K to the whole tail.
+
+Tokens that the selector did not propose have no estimate and no part in a tail. A page's mean is over all of its
+tokens, the kept ones included: the mean of the pruned ones alone would need K's values a second time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from twilight.checks import FLOAT_DTYPES, check_positive, check_tensor
+from twilight.ops.quantize import MIN_SCALE
+from twilight.selection import Selection
+
+
+@dataclass(frozen=True)
+class PageMeans:
+    """The mean value of every page of a layer: what tails are made of.
+
+    Attributes:
+        values: `(means,)`, `[pages, Hkv, d]` in the type of the cache, or `(codes, params)`, `[pages, Hkv, d]` uint8
+            and `[pages, Hkv, 2]` float16 (scale, zero), see `quantize_means`.
+        page_size: P.
+        max_pages: logical pages that a sequence may have, the width of the page table.
+    """
+
+    values: tuple[torch.Tensor, ...]
+    page_size: int
+    max_pages: int
+
+    def __post_init__(self) -> None:
+        check_positive("page_size", self.page_size)
+        check_positive("max_pages", self.max_pages)
+        if len(self.values) == 1:
+            check_tensor("values[0]", self.values[0], (None, None, None), dtype=FLOAT_DTYPES)
+        elif len(self.values) == 2:
+            codes = check_tensor("values[0]", self.values[0], (None, None, None), dtype=torch.uint8)
+            check_tensor("values[1]", self.values[1], (*codes.shape[:2], 2), dtype=torch.float16)
+        else:
+            raise ValueError(f"values: expected (means,) or (codes, params), got {len(self.values)} tensors")
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of the mean of one page of one kv head."""
+        return sum(part[0, 0].numel() * part.element_size() for part in self.values)
+
+    def gather(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return `[b, Hkv, n, d]` float32: the means of physical pages `[b, Hkv, n]`."""
+        heads = torch.arange(pages.shape[1], device=pages.device)[None, :, None]
+        parts = [part[pages, heads] for part in self.values]
+        return parts[0].float() if len(parts) == 1 else dequantize_means(parts[0], parts[1])
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Pseudo-tokens that attention counts beside a list of tokens.
+
+    Attributes:
+        pages: logical pages, granularity P. `log_weight [b, Hq, capacity]` is the pseudo-token's whole logit for each
+            query head; `-inf` where the head has nothing there.
+        means: their values.
+    """
+
+    pages: Selection
+    means: PageMeans
+
+    def __post_init__(self) -> None:
+        if self.pages.granularity != self.means.page_size:
+            raise ValueError(
+                f"pages: expected a granularity of page_size={self.means.page_size}, got {self.pages.granularity}"
+            )
+        if self.pages.log_weight is None:
+            raise ValueError("pages: expected a log_weight, the logits of the pseudo-tokens")
+
+
+def quantize_means(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise mean values to 8 bits, with one scale and one zero a page and kv head.
+
+        zero  = fp16(min)
+        scale = fp16(max((max - zero) / 255, 2**-14))
+        code  = clamp(round((m - zero) / scale), 0, 255)      so that      m ~ scale * code + zero
+
+    Args:
+        means: `[..., d]` of any floating point type.
+
+    Returns:
+        `(codes, params)`: `[..., d]` uint8, and `[..., 2]` float16 (scale, zero). NaN gives a NaN scale.
+    """
+    check_tensor("means", means, dtype=FLOAT_DTYPES)
+    means = means.float()
+    zero = means.amin(-1, keepdim=True).half()
+    # Divided by a tensor: by a number, torch multiplies with its reciprocal on a GPU, and the bytes would differ.
+    spread = means.amax(-1, keepdim=True) - zero.float()
+    scale = (spread / torch.full_like(spread, 255)).clamp(min=MIN_SCALE).half()
+    codes = ((means - zero.float()) / scale.float()).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
+    return codes, torch.cat([scale, zero], dim=-1)
+
+
+def dequantize_means(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    """Return the means `[..., d]` float32 that `codes` and `params` stand for."""
+    scale, zero = params.float().unsqueeze(-2).unbind(-1)
+    return codes.float() * scale + zero
+
+
+def page_tail(
+    logits: torch.Tensor, candidates: Selection, kept: Selection, seq_lens: torch.Tensor, means: PageMeans
+) -> Tail:
+    """Return the tail of what was not kept, page by page.
+
+    Args:
+        logits: `[b, Hq, capacity * granularity]` estimates, `-inf` past a row's end.
+        candidates: what they are of: tokens, or pages of `means.page_size` tokens.
+        kept: tokens, a subset of the candidates.
+        seq_lens: `[b]` int32.
+        means: the pages' mean values.
+
+    Returns:
+        A tail over the candidate pages, or over those pages that hold a pruned token if the candidates are tokens.
+    """
+    size, group = means.page_size, logits.shape[1] // candidates.indices.shape[1]
+    if candidates.granularity not in (1, size):
+        raise ValueError(f"candidates: expected a granularity of 1 or {size}, got {candidates.granularity}")
+    positions, valid = candidates.positions(seq_lens)
+    end = means.max_pages * size  # a place of its own for whatever is no token
+    taken = torch.zeros((*positions.shape[:2], end + 1), dtype=torch.bool, device=logits.device)
+    at, counted = kept.positions(seq_lens)
+    taken.scatter_(-1, at.masked_fill(~counted, end), True)
+    gone = valid & ~taken.gather(-1, positions)
+    left = logits.double().masked_fill(~gone.repeat_interleave(group, dim=1), -torch.inf)
+    if candidates.granularity == size:
+        mass = left.unflatten(-1, (candidates.capacity, size)).logsumexp(-1).float()
+        return Tail(replace(candidates, log_weight=mass), means)
+    spread = torch.full((*left.shape[:2], end + 1), -torch.inf, dtype=torch.float64, device=logits.device)
+    where = positions.masked_fill(~gone, end).repeat_interleave(group, dim=1)
+    spread.scatter_(-1, where, left)  # tokens are unique, so that no two write to one place but the last
+    mass = spread[..., :end].unflatten(-1, (means.max_pages, size)).logsumexp(-1).float()
+    some = (mass != -torch.inf).unflatten(1, (positions.shape[1], group)).any(2)
+    pages = torch.arange(means.max_pages, device=logits.device).expand_as(some)
+    listed = Selection.compact(pages, some, granularity=size, log_weight=mass)
+    return Tail(listed.trimmed() if logits.device.type == "cpu" else listed, means)
+
+
+def mean_tail(tail: Tail, seq_lens: torch.Tensor) -> Tail:
+    """Put all of a tail's mass on the mean value of the sequence instead (SparQ, arXiv 2312.04985).
+
+    The mean over the sequence is the mean of its pages' means, weighted with their tokens n_j of N, so this too is a
+    tail over pages: logits `log(sum_j exp(L_j)) + log(n_j / N)` for every page of the sequence.
+
+    Args:
+        tail: as `page_tail` returns it.
+        seq_lens: `[b]` int32.
+    """
+    size, log_weight = tail.means.page_size, tail.pages.log_weight
+    assert log_weight is not None
+    kv_heads = tail.pages.indices.shape[1]
+    behind = ~tail.pages.counted().repeat_interleave(log_weight.shape[1] // kv_heads, dim=1)
+    total = log_weight.masked_fill(behind, -torch.inf).logsumexp(-1, keepdim=True)
+    every = Selection.everything(seq_lens, kv_heads, max_seq_len=tail.means.max_pages * size, granularity=size)
+    starts = torch.arange(every.capacity, device=seq_lens.device) * size
+    tokens = (seq_lens[:, None] - starts).clamp(0, size)
+    share = (tokens / seq_lens.clamp(min=1)[:, None]).log().unsqueeze(1)
+    return Tail(replace(every, log_weight=(total + share).float()), tail.means)
