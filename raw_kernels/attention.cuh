@@ -12,7 +12,11 @@
 //     O^T [d, 8]      += V^T [d, 16] P [16, 8]       A = V by ldmatrix.trans, B = P by movmatrix from S
 // A query head is a column everywhere, so its maximum and sum stay in the lanes that hold its logits.
 //
-// Floor: 4*d bytes a token of the 16-bit K and V, read once for the whole group; 512 at d = 128.
+// A tail (kTail) is a second list of a row: pages, each one pseudo-token whose logit is given and whose value is the page's mean.
+// Its tiles follow the row's own in the same line. They copy no keys and skip the first product; 8-bit means arrive where the
+// keys would lie and are spelled out into the tile of values.
+//
+// Floor: 4*d bytes a token of the 16-bit K and V, read once for the whole group; 512 at d = 128. A page of the tail: 2*d, or d + 4.
 #pragma once
 
 #include "common.cuh"
@@ -48,7 +52,17 @@ struct AttentionParams {
   int capacity;
   int granularity_shift;
   int min_tiles;            // a block is given at least so many
+  int tail_capacity;
+  // kTail only
+  const int* tail_indices;   // [b, Hkv, tail_capacity], logical pages
+  const int* tail_lengths;   // [b, Hkv]
+  const float* tail_logits;  // [b, Hq, tail_capacity]
+  const void* tail_values;   // [pages, Hkv, d] of T or u8
+  const u32* tail_params;    // [pages, Hkv] pairs of halves (scale, zero), Packed only
 };
+
+enum Tail { NoTail = 0, NativeTail = 1, PackedTail = 2 };
+constexpr u32 kTailTile = 0x80000000u;  // beside the 16 bits of a tile's mask
 
 __device__ __forceinline__ u32 transpose_8x8(u32 x) {
   u32 y;
@@ -62,10 +76,31 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// A warp turns a tile of 8-bit means, 16 rows of codes and then 16 pairs (scale, zero), into a tile of values.
+template <typename T, int D>
+__device__ __forceinline__ void spell_out(const u8* packed, T* values) {
+  constexpr int kChunks = D / 8;
+#pragma unroll
+  for (int i = 0; i < kTile * kChunks / kWarp; ++i) {
+    const int token = (i * kWarp + lane_id()) / kChunks, chunk = (i * kWarp + lane_id()) % kChunks;
+    const uint2 codes = *reinterpret_cast<const uint2*>(packed + token * D + chunk * 8);
+    const float2 params = unpack2<half>(*reinterpret_cast<const u32*>(packed + kTile * D + token * 4));
+    float x[8];
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {  // a byte in the last place of 2^23 is that float plus the byte: no conversion
+      const u32 word = __byte_perm(c < 4 ? codes.x : codes.y, 0x4b000000u, 0x7440 + c % 4);
+      x[c] = fmaf(__uint_as_float(word) - 8388608.f, params.x, params.y);
+    }
+    store16(values + token * D + (chunk ^ (token & 7)) * 8,
+            make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])));
+  }
+  __syncwarp();
+}
+
 // m and l of the softmax in base 2. An empty state is (-inf, 0); `finite_max` keeps -inf - -inf out of exponents.
 __device__ __forceinline__ float finite_max(float m) { return m == -inf() ? 0.f : m; }
 
-template <bool kSparse>
+template <bool kSparse, int kTail>
 struct Rows {
   const AttentionParams& p;
   int splits;  // rows that a kv head makes: ceil(G / 8)
@@ -78,12 +113,17 @@ struct Rows {
     if constexpr (!kSparse) return p.seq_lens[kv / p.num_kv_heads];
     return min(max(p.lengths[kv], 0), p.capacity) << p.granularity_shift;
   }
-  __device__ int tiles(int row) const { return ceil_div(tokens(row), kTile); }
+  __device__ int list_tiles(int row) const { return ceil_div(tokens(row), kTile); }
+  __device__ int tail_pages(int row) const { return min(max(p.tail_lengths[kv(row)], 0), p.tail_capacity); }
+  __device__ int tiles(int row) const {
+    if constexpr (kTail == NoTail) return list_tiles(row);
+    return list_tiles(row) + ceil_div(tail_pages(row), kTile);
+  }
   __device__ int first_head(int row) const { return kv(row) * p.group + (row - kv(row) * splits) * kHeads; }  // over [b, Hq]
   __device__ int heads(int row) const { return min(kHeads, p.group - (row - kv(row) * splits) * kHeads); }
 };
 
-template <typename T, int D, int kWarps, int kStages, bool kSparse, bool kLogWeight>
+template <typename T, int D, int kWarps, int kStages, bool kSparse, bool kLogWeight, int kTail = NoTail>
 __device__ __forceinline__ void attend(const AttentionParams& p) {
   constexpr int kThreads = kWarps * kWarp;
   constexpr int kSlot = 2 * kTile * D;           // elements of a ring slot: K tile, V tile
@@ -100,7 +140,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
   __shared__ u32 masks[kWarps][kStages];
   __shared__ float state_m[kWarps][kHeads], state_l[kWarps][kHeads];
 
-  const Rows<kSparse> rows(p);
+  const Rows<kSparse, kTail> rows(p);
   const int num_rows = rows.count();
   const int warp = warp_id(), lane = lane_id(), gid = lane / 4, tig = lane % 4;
   T* const ring = reinterpret_cast<T*>(smem_raw) + warp * kStages * kSlot;
@@ -154,9 +194,11 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
   int load_t = max(begin, start);
   load_t += (warp - load_t) & (kWarps - 1);
   int load_tokens = 0, load_seq = 0, load_kv = 0, load_b = 0;
+  [[maybe_unused]] int load_pages = 0;
   const auto enter_row = [&] {
     load_kv = rows.kv(load_row), load_b = load_kv / p.num_kv_heads;
     load_tokens = rows.tokens(load_row), load_seq = p.seq_lens[load_b];
+    if constexpr (kTail != NoTail) load_pages = rows.tail_pages(load_row);
   };
   enter_row();
   const auto settle = [&] {  // move to the next row that has a tile for this warp
@@ -175,11 +217,23 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
   // Raw results of loads wait here for a step, so that nobody waits for them.
   int index_raw = 0, index_sub = -1, index_seq = 0, index_b = 0, index_head = 0;
   int page_raw = 0, page_slot = -1, page_head = 0;
+  [[maybe_unused]] bool index_tail = false, page_tail = false;
   const auto step_index = [&] {
     const int i = (load_t - load_start) * kTile + lane;
-    const bool real = load_t < end && lane < kTile && i < load_tokens;
+    bool real = load_t < end && lane < kTile && i < load_tokens;
     index_seq = load_seq, index_b = load_b, index_head = load_kv - load_b * p.num_kv_heads;
-    if constexpr (kSparse) {
+    bool listed = true;
+    if constexpr (kTail != NoTail) {
+      const int entry = (load_t - load_start - ceil_div(load_tokens, kTile)) * kTile + lane;
+      index_tail = load_t < end && entry >= lane;
+      if (index_tail) {
+        listed = false, real = lane < kTile && entry < load_pages;
+        index_sub = real ? 0 : -1;
+        if (real) index_raw = p.tail_indices[static_cast<size_t>(load_kv) * p.tail_capacity + entry];
+      }
+    }
+    if (!listed) {
+    } else if constexpr (kSparse) {
       index_sub = real ? i & ((1 << p.granularity_shift) - 1) : -1;
       if (real) index_raw = p.indices[static_cast<size_t>(load_kv) * p.capacity + (i >> p.granularity_shift)];
     } else {
@@ -189,15 +243,47 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
     if (load_t < end) load_t += kWarps, settle();
   };
   const auto step_page = [&] {
-    const int position = kSparse ? (index_raw << p.granularity_shift) + index_sub : index_raw;
+    int position = kSparse ? (index_raw << p.granularity_shift) + index_sub : index_raw;
+    if constexpr (kTail != NoTail) {
+      page_tail = index_tail;
+      if (page_tail) position = index_raw << p.page_shift;  // the first token of the page
+    }
     const bool real = index_sub >= 0 && static_cast<u32>(position) < static_cast<u32>(index_seq);
     page_slot = real ? position & ((1 << p.page_shift) - 1) : -1;
     page_head = index_head;
     if (real) page_raw = p.page_table[static_cast<size_t>(index_b) * p.max_pages + min(position >> p.page_shift, p.max_pages - 1)];
   };
   const auto step_copy = [&](int slot) {
-    const u32 mask = __ballot_sync(kFullMask, page_slot >= 0);
-    if (mask) {
+    u32 mask = __ballot_sync(kFullMask, page_slot >= 0);
+    bool listed = true;
+    if constexpr (kTail != NoTail) {
+      if (page_tail) {
+        listed = false;
+        const int at = page_slot >= 0 ? page_raw * p.num_kv_heads + page_head : 0;
+        T* const tile = ring + slot * kSlot;
+        if constexpr (kTail == NativeTail) {
+#pragma unroll
+          for (int i = 0; i < kTile / kRowsPerCopy; ++i) {
+            const int token = i * kRowsPerCopy + lane / kChunks, chunk = lane % kChunks;
+            const size_t from = static_cast<size_t>(__shfl_sync(kFullMask, at, token)) * D + chunk * 8;
+            cp_async16(tile + kTile * D + token * D + (chunk ^ (token & 7)) * 8, static_cast<const T*>(p.tail_values) + from,
+                       mask >> token & 1);
+          }
+        } else {
+          constexpr int kParts = D / 16;  // 16 bytes of codes each
+          u8* const codes = reinterpret_cast<u8*>(tile);
+#pragma unroll
+          for (int i = 0; i < kTile * kParts / kWarp; ++i) {
+            const int token = (i * kWarp + lane) / kParts, part = (i * kWarp + lane) % kParts;
+            const size_t from = static_cast<size_t>(__shfl_sync(kFullMask, at, token)) * D + part * 16;
+            cp_async16(codes + token * D + part * 16, static_cast<const u8*>(p.tail_values) + from, mask >> token & 1);
+          }
+          if (lane < kTile) cp_async4(codes + kTile * D + lane * 4, p.tail_params + at, mask >> lane & 1);
+        }
+        mask |= kTailTile;
+      }
+    }
+    if (listed && mask) {
       const int at = page_slot >= 0 ? ((page_raw * p.num_kv_heads + page_head) << p.page_shift) + page_slot : 0;
       T* const tile = ring + slot * kSlot;
 #pragma unroll
@@ -235,6 +321,7 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
     start += tiles + kRowCost;
     if (low >= high) continue;
     const int first_head = rows.first_head(row), num_heads = rows.heads(row);
+    [[maybe_unused]] const int list_tiles = kTail == NoTail ? tiles : rows.list_tiles(row);
 
     u32 query[kBlocksD][2];  // B fragments: column gid is a head
     {
@@ -256,15 +343,31 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
     float m[2] = {-inf(), -inf()}, l[2] = {0.f, 0.f};  // columns 2*tig and 2*tig + 1; l of this lane's tokens only
 
     for (int t = low + ((warp - low) & (kWarps - 1)); t < high; t += kWarps) {
+      [[maybe_unused]] float given[4] = {-inf(), -inf(), -inf(), -inf()};
+      if constexpr (kTail != NoTail) {
+        if (t - row_start >= list_tiles) {  // before the wait, so that they arrive during it
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int entry = (t - row_start - list_tiles) * kTile + gid + i / 2 * 8, head = tig * 2 + i % 2;
+            if (head < num_heads && entry < p.tail_capacity) {
+              given[i] = p.tail_logits[static_cast<size_t>(first_head + head) * p.tail_capacity + entry];
+            }
+          }
+        }
+      }
       step(free_slot);
       cp_async_wait<kStages - 1>();
       __syncwarp();
       const u32 mask = masks[warp][slot];
       const T* const keys = ring + slot * kSlot;
       const T* const values = keys + kTile * D;
-      if (mask) {
+      if (kTail == NoTail ? mask != 0 : (mask & ~kTailTile) != 0) {
         float s[4] = {}, s_odd[4] = {};  // two chains: an mma waits for the one before it
-        {
+        if (kTail != NoTail && mask & kTailTile) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[i] = mask >> (gid + i / 2 * 8) & 1 ? kLog2e * given[i] : -inf();
+          if constexpr (kTail == PackedTail) spell_out<T, D>(reinterpret_cast<const u8*>(keys), const_cast<T*>(values));
+        } else {
           const int token = lane & 15;
 #pragma unroll
           for (int k = 0; k < kBlocksD; ++k) {
@@ -272,19 +375,19 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
             ldmatrix_x4(a, keys + token * D + ((k * 2 + lane / 16) ^ (token & 7)) * 8);
             mma_16bit<T>(k % 2 ? s_odd : s, a[0], a[1], a[2], a[3], query[k][0], query[k][1]);
           }
-        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = gid + i / 2 * 8;
-          float x = (s[i] + s_odd[i]) * p.scale_log2;
-          if constexpr (kLogWeight) {
-            const int entry = ((t - row_start) * kTile + token) >> p.granularity_shift;
-            const int head = tig * 2 + i % 2;
-            if (head < num_heads && (mask >> token & 1)) {
-              x += kLog2e * p.log_weight[static_cast<size_t>(first_head + head) * p.capacity + entry];
+          for (int i = 0; i < 4; ++i) {
+            const int token = gid + i / 2 * 8;
+            float x = (s[i] + s_odd[i]) * p.scale_log2;
+            if constexpr (kLogWeight) {
+              const int entry = ((t - row_start) * kTile + token) >> p.granularity_shift;
+              const int head = tig * 2 + i % 2;
+              if (head < num_heads && (mask >> token & 1)) {
+                x += kLog2e * p.log_weight[static_cast<size_t>(first_head + head) * p.capacity + entry];
+              }
             }
+            s[i] = mask >> token & 1 ? x : -inf();
           }
-          s[i] = mask >> token & 1 ? x : -inf();
         }
         float shift[2];
         bool grew = false;

@@ -14,6 +14,12 @@
 // ln(2n / ((1 - p) Z)) nats then weighs less than (1 - p) Z / 2 together, is not needed either, and stays out of the
 // histogram too. On peaked rows that is nearly everything, and atomics are what is slow.
 //
+// kExtended adds bounds and a tail. Where p keeps fewer than min_tokens or more than max_tokens, the cut moves to the token of that
+// rank: a histogram of counts, 512 bins from the maximum down, then 512 in the bin that holds it, each pass one more read of
+// the logits; deeper than 512 bins, which a floor may reach, 512 far wider ones. What is kept is still everything above a cut, so
+// that ties stay together, and the set contains the reference's. With the union known, the mass that every candidate page has
+// lost to it is summed, a lane a page, and written as its logarithm: what attention takes for the logit of a pseudo-token.
+//
 // Floor: the logits once, G * sizeof(Logit) bytes a candidate, and 4 bytes a kept token.
 #include "cluster.cuh"
 #include "threshold.cuh"
@@ -29,6 +35,7 @@ struct TopPParams {
   int* per_query_head;       // [b, Hq]
   float* mass;               // [b, Hq]
   float* kept_log_weight;    // [b, Hq, n] or null
+  float* tail;               // [b, Hq, capacity] or null: log of the pruned mass of each page; for pages of 8 tokens or more
   float p;
   float bins_per_nat;        // 32 or 16
   int capacity;
@@ -36,12 +43,39 @@ struct TopPParams {
   int slice_capacity;        // candidates of a block that shared memory has room for, a multiple of 8
   int bits;                  // of a weight: n * 2^bits stays below 2^32
   int group;                 // G, up to 16
+  int min_tokens;            // of a query head, kExtended only
+  int max_tokens;
 };
 CHECK_PARAMS(TopPParams);
 
 constexpr int kMaxGroup = 16;
 
-template <typename Logit, int kThreads, int kCluster, bool kShared>
+// The rank-th of the tokens that 512 bins count, of which `before` precede them: (its bin or -1, tokens up to that bin, and with it).
+// One warp.
+__device__ __forceinline__ int3 find_rank(const u32* counts, int before, int rank) {
+  constexpr int kPerLane = kMassBins / kWarp;
+  const u32* const mine = counts + lane_id() * kPerLane;
+  int sum = 0;
+#pragma unroll 4
+  for (int i = 0; i < kPerLane; ++i) sum += mine[i];
+  const int up_to = before + warp_inclusive_scan(sum);
+  int3 found{-1, up_to, up_to};
+  int prefix = up_to - sum;
+#pragma unroll 4
+  for (int i = 0; i < kPerLane; ++i) {
+    const int with = prefix + mine[i];
+    if (prefix < rank && with >= rank) found = int3{static_cast<int>(lane_id()) * kPerLane + i, prefix, with};
+    prefix = with;
+  }
+  const u32 who = __ballot_sync(kFullMask, found.x >= 0);
+  const int source = who ? __ffs(who) - 1 : kWarp - 1;
+  found.x = __shfl_sync(kFullMask, found.x, source);
+  found.y = __shfl_sync(kFullMask, found.y, source);
+  found.z = __shfl_sync(kFullMask, found.z, source);
+  return found;
+}
+
+template <typename Logit, int kThreads, int kCluster, bool kShared, bool kExtended = false>
 __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 384 ? 3 : 1024 / kThreads)
     top_p(const __grid_constant__ TopPParams p) {
   using C = Cluster<kCluster>;
@@ -62,6 +96,9 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   __shared__ float mass_sum[kMaxGroup], tail[kMaxGroup], missing[kMaxGroup], unit[kMaxGroup], share_before[kMaxGroup];
   __shared__ int cut_bin[kMaxGroup], refine[kMaxGroup], counts[kMaxGroup];
   __shared__ int total_kept, scan_scratch[kWarps + 1];
+  // kExtended: the rank that is looked for (0: none), tokens before the range, the range's start and the width of its bins.
+  __shared__ int rank_wanted[kMaxGroup], met[kMaxGroup], before[kMaxGroup];
+  __shared__ float base[kMaxGroup], bin_width[kMaxGroup], warp_all[kWarps];
 
   const int row = blockIdx.y, rank = C::rank();
   const int lane = lane_id(), warp = warp_id();
@@ -72,7 +109,9 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     if (rank == 0 && threadIdx.x < G) p.per_query_head[row * G + threadIdx.x] = 0, p.mass[row * G + threadIdx.x] = 0.f;
     return;
   }
-  const int slice = ceil_div(length, kCluster * 8) * 8, first = rank * slice;
+  // A page's tokens stay in one block, which sums what the page lost.
+  const int grain = kExtended && p.tail ? max(8, 1 << p.granularity_shift) : 8;
+  const int slice = ceil_div(length, kCluster * grain) * grain, first = rank * slice;
   const int size = max(0, min(slice, length - first)), chunks = ceil_div(size, 8);
 
   // Warps g, g + G, g + 2G, ... work for head g; a few have no head where G does not divide them.
@@ -137,8 +176,9 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     for (int distance = kCluster / 2; distance; distance /= 2) x = max_nan(x, __shfl_xor_sync(kFullMask, x, distance));
     if (threadIdx.x % kCluster == 0 && threadIdx.x < G * kCluster) {
       // NaN and +inf show in the output of their own row if all of it is kept. origin 0, edge inf: every y but that of -inf is below.
-      const bool all = !(x < inf()) || x == -inf() || p.p >= 1.f;
-      origin[head] = all ? 0.f : x * p.bins_per_nat;
+      const bool sick = !(x < inf()) || x == -inf(), all = sick || p.p >= 1.f;
+      origin[head] = (kExtended ? sick : all) ? 0.f : x * p.bins_per_nat;
+      if constexpr (kExtended) rank_wanted[head] = !sick;
       edge[head] = inf();
       limit[head] = all ? -inf() : kMassBins - 1;
       kept_mass[head] = x < inf() && x > -inf() ? 1.f : 0.f;
@@ -227,6 +267,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       }
       const Cut cut = find_cut<kMassBins / kWarp>(sums + warp * kMassBins, to_log2, share * z, one);
       if (lane == 0) {
+        if constexpr (kExtended) mass_sum[warp] = z;
         cut_bin[warp] = cut.bin;
         edge[warp] = cut.bin < 0 ? inf() : cut.bin + 1.f;
         kept_mass[warp] = cut.bin < 0 ? 1.f : fminf(cut.mass / z, 1.f);
@@ -280,23 +321,116 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     }
   }
 
+  if constexpr (kExtended) {
+    // ---- how many p keeps, and whether that is too few or too many ----
+    {
+      int count = 0;
+      const float above = edge[g];
+      for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+        const Chunk<Logit> v = load(chunk);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) count += offset(v[i]) < above;
+      }
+      count = __reduce_add_sync(kFullMask, count);
+      if (lane == 0) warp_count[warp] = count;
+    }
+    __syncthreads();
+    if (threadIdx.x < G) met[threadIdx.x] = team_sum(warp_count);
+    C::sync();
+    if (threadIdx.x < G) {
+      int count = 0;
+#pragma unroll
+      for (u32 r = 0; r < kCluster; ++r) count += C::read(met + threadIdx.x, r);
+      const bool well = rank_wanted[threadIdx.x] != 0;
+      rank_wanted[threadIdx.x] = well && count < p.min_tokens ? p.min_tokens : well && count > p.max_tokens ? p.max_tokens : 0;
+      if (count > p.max_tokens) limit[threadIdx.x] = edge[threadIdx.x];  // a ceiling never widens the set
+      else limit[threadIdx.x] = inf();
+      before[threadIdx.x] = 0, base[threadIdx.x] = 0.f, bin_width[threadIdx.x] = 1.f;
+    }
+    __syncthreads();
+
+    // ---- the token of that rank ----
+    for (bool first_pass = true;; first_pass = false) {
+      bool any = false;
+      for (int head = 0; head < G; ++head) any |= rank_wanted[head] != 0;
+      if (!any) break;
+      if constexpr (kCluster > 1) C::sync();  // others may still read our bins
+      for (int i = threadIdx.x; i < G * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+      __syncthreads();
+      if (rank_wanted[g]) {
+        const float low = base[g], per_width = 1.f / bin_width[g];  // powers of two: every place below is exact
+        for (int chunk = first_chunk; chunk < chunks; chunk += step) {
+          const Chunk<Logit> v = load(chunk);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            const float place = (offset(v[i]) - low) * per_width;
+            if (place >= 0.f && place < kMassBins) atomicAdd(bins + g * kMassBins + low_bits(__fadd_rd(place, kMagic)), 1u);
+          }
+        }
+      }
+      C::sync();
+      if constexpr (kCluster > 1) {
+        for (int i = threadIdx.x; i < G * kMassBins; i += kThreads) {
+          u32 sum = 0;
+#pragma unroll
+          for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
+          sums[i] = sum;
+        }
+        __syncthreads();
+      }
+      if (warp < G && rank_wanted[warp]) {
+        const int3 found = find_rank(sums + warp * kMassBins, before[warp], rank_wanted[warp]);
+        if (lane == 0) {
+          const float w = bin_width[warp], low = base[warp] + max(found.x, 0) * w;
+          const bool fine = w <= fmaxf(1.f / kMassBins, low * 1.1920929e-7f);  // below what y resolves
+          if (found.x < 0 && first_pass) {  // further down: up to 2^23 bins, beyond which everything is kept
+            before[warp] = found.z, base[warp] = kMassBins, bin_width[warp] = 16384.f;
+          } else if (found.x < 0 || found.z == rank_wanted[warp] || fine) {
+            edge[warp] = found.x < 0 ? inf() : fminf(__fadd_ru(base[warp], (found.x + 1) * w), limit[warp]);
+            rank_wanted[warp] = 0;
+          } else {
+            before[warp] = found.y, base[warp] = low, bin_width[warp] = w / kMassBins;
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
   // ---- who is kept ----
   {
     int count = 0;
+    [[maybe_unused]] float sum = 0.f, all = 0.f;
     const float above = edge[g];
     for (int chunk = first_chunk; chunk < chunks; chunk += step) {
       const Chunk<Logit> v = load(chunk);
       u32 mine = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) mine |= (offset(v[i]) >= above ? 0u : 1u) << i;  // NaN is kept
+      if constexpr (kExtended) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (!(mine >> i & 1) && p.p < 1.f) continue;
+          const float weight = exp2f(offset(v[i]) * to_log2);
+          if (mine >> i & 1) sum += weight;
+          all += weight;
+        }
+      }
       count += __popc(mine);
       keep[g * keep_pitch + chunk] = static_cast<unsigned char>(mine);
     }
     count = __reduce_add_sync(kFullMask, count);
     if (lane == 0) warp_count[warp] = count;
+    if constexpr (kExtended) {
+      sum = warp_sum(sum), all = warp_sum(all);
+      if (lane == 0) warp_value[warp] = sum, warp_all[warp] = all;
+    }
   }
   __syncthreads();
   if (threadIdx.x < G) counts[threadIdx.x] = team_sum(warp_count);
+  if constexpr (kExtended) {
+    if (threadIdx.x < G) tail[threadIdx.x] = team_sum(warp_value), missing[threadIdx.x] = team_sum(warp_all);
+  }
 
   // ---- the union, in order: a run of chunks a thread ----
   const int run = ceil_div(chunks, kThreads);
@@ -312,6 +446,25 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   if (!kept_here) run_end = run_begin;
   int total;
   int at = block_exclusive_scan<kThreads>(kept_here, scan_scratch, total);
+
+  // ---- what every page has lost to the union: a page a lane ----
+  if constexpr (kExtended) {
+    if (p.tail) {
+      const int per_page = (1 << p.granularity_shift) / 8, pages = ceil_div(chunks, per_page);
+      float* const out = p.tail + (static_cast<size_t>(row) * G + g) * p.capacity + (first >> p.granularity_shift);
+      for (int page = first_chunk; page < pages; page += step) {
+        float sum = 0.f;
+        for (int chunk = page * per_page; chunk < min((page + 1) * per_page, chunks); ++chunk) {
+          const u32 kept = keep[chunk];
+          const Chunk<Logit> v = load(chunk);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) sum += kept >> i & 1 ? 0.f : exp2f(offset(v[i]) * to_log2);
+        }
+        out[page] = sum > 0.f ? fmaf(from, width, logf(sum)) : -inf();
+      }
+    }
+  }
+
   if (kCluster > 1 && threadIdx.x == 0) total_kept = total;
   int kept_before = 0, kept_row = total;
   if constexpr (kCluster > 1) {
@@ -326,7 +479,14 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
 #pragma unroll
       for (u32 r = 0; r < kCluster; ++r) count += C::read(counts + threadIdx.x, r);
       p.per_query_head[row * G + threadIdx.x] = count;
-      p.mass[row * G + threadIdx.x] = kept_mass[threadIdx.x];
+      float mass = kept_mass[threadIdx.x];
+      if (kExtended && mass > 0.f) {
+        float sum = 0.f, all = 0.f;
+#pragma unroll
+        for (u32 r = 0; r < kCluster; ++r) sum += C::read(tail + threadIdx.x, r), all += C::read(missing + threadIdx.x, r);
+        mass = fminf(sum / (p.p < 1.f ? mass_sum[threadIdx.x] / one : all), 1.f);
+      }
+      p.mass[row * G + threadIdx.x] = mass;
     }
     if (threadIdx.x == 0) p.kept_lengths[row] = kept_row;
   }

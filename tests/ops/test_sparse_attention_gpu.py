@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from twilight import Selection, kernels, ops
+from twilight.ops.tail import PageMeans, Tail
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,6 +116,80 @@ def test_log_weight_is_added_and_minus_infinity_hides_a_token_from_one_head():
         )
 
 
+def tail_of(cache, group, *, packed, seed=3, share=0.4):
+    """A tail over a random part of each row's pages, and logits of which some are -inf."""
+    k, v, table, lens = cache
+    page, heads = k.shape[2], k.shape[1]
+    pages = uneven(lens, heads, granularity=page, seed=seed, share=share)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    logits = 3 * torch.randn(len(lens), heads * group, pages.capacity, generator=generator, device="cuda")
+    logits[:, ::2, ::3] = -torch.inf
+    means = v.float().mean(2)
+    values = ops.quantize_means(means) if packed else (means.to(v.dtype),)
+    return Tail(Selection(pages.indices, pages.lengths, page, logits), PageMeans(values, page, table.shape[1]))
+
+
+def padded_tail(tail):
+    return Tail(padded(tail.pages), tail.means)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("page", [8, 16, 32])
+def test_a_tail_counts_as_tokens_do(page, dim, group, dtype, packed):
+    q, *cache = make(LENGTHS, group=group, dim=dim, page=page, dtype=dtype)
+    tail = tail_of(cache, group, packed=packed)
+    for granularity in (1, page):
+        selection = uneven(cache[-1], 2, granularity=granularity)
+        out, lse = ops.sparse_attention(q, *cache, selection, tail=tail, backend="cuda")
+        check(out, lse, *ops.sparse_attention(q, *cache, padded(selection), tail=padded_tail(tail), backend="torch"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tail_beside_rows_that_select_nothing_and_rows_without_a_tail(packed):
+    q, *cache = make([300, 40000, 17, 5000], heads=4)
+    tail = tail_of(cache, 4, packed=packed)
+    selection = uneven(cache[-1], 4)
+    for row, head, which in ((0, 1, selection), (1, 2, selection), (1, 3, tail.pages), (3, 0, tail.pages)):
+        which.lengths[row, head] = 0
+    selection.lengths[2], tail.pages.lengths[2] = 0, 0  # neither
+    out, lse = ops.sparse_attention(q, *cache, selection, tail=tail, backend="cuda")
+    check(out, lse, *ops.sparse_attention(q, *cache, padded(selection), tail=padded_tail(tail), backend="torch"))
+    assert lse[2].isneginf().all()
+
+
+def test_twenty_runs_with_a_tail_give_the_same_bits():
+    q, *cache = make([40000, 3, 0, 900], heads=4)
+    for packed in (False, True):
+        selection, tail = uneven(cache[-1], 4), tail_of(cache, 4, packed=packed)
+        first = ops.sparse_attention(q, *cache, selection, tail=tail, backend="cuda")
+        for _ in range(20):
+            again = ops.sparse_attention(q, *cache, selection, tail=tail, backend="cuda")
+            assert again[0].equal(first[0]) and again[1].equal(first[1])
+
+
+def test_a_graph_follows_a_tail_that_changes():
+    q, *cache = make([4000, 700])
+    selection = uneven(cache[-1], 2)
+    tails = [tail_of(cache, 4, packed=True, seed=seed, share=share) for seed, share in ((1, 0.05), (2, 0.9))]
+    pages = Selection(*(part.clone() for part in (tails[0].pages.indices, tails[0].pages.lengths)), 16,
+                      tails[0].pages.log_weight.clone())  # fmt: skip
+    live = Tail(pages, tails[0].means)
+    ops.sparse_attention(q, *cache, selection, tail=live, backend="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ops.sparse_attention(q, *cache, selection, tail=live, backend="cuda")
+    for tail in reversed(tails):
+        pages.indices.copy_(tail.pages.indices)
+        pages.lengths.copy_(tail.pages.lengths)
+        pages.log_weight.copy_(tail.pages.log_weight)
+        graph.replay()
+        expected = ops.sparse_attention(q, *cache, selection, tail=tail, backend="cuda")
+        assert out.equal(expected[0]) and lse.equal(expected[1])
+
+
 def test_large_logits_do_not_overflow():
     q, *cache = make(LENGTHS, dtype=torch.float16)
     selection = padded(uneven(cache[-1], 2, share=0.5))
@@ -168,5 +243,12 @@ def test_what_the_kernel_cannot_take_is_refused_by_name():
     with pytest.raises(ValueError, match="not contiguous"):
         k = cache[0].transpose(2, 3).contiguous().transpose(2, 3)
         ops.sparse_attention(q, k, *cache[1:], everything, backend="cuda")
+    tail = tail_of(cache, 4, packed=False)
+    weighted = Selection(everything.indices, everything.lengths, 16, torch.zeros(1, 8, 3, device="cuda"))
+    with pytest.raises(ValueError, match="either that or a tail"):
+        ops.sparse_attention(q, *cache, weighted, tail=tail, backend="cuda")
+    with pytest.raises(ValueError, match="means are torch.float16"):
+        means = PageMeans((tail.means.values[0].half(),), 16, 3)
+        ops.sparse_attention(q, *cache, everything, tail=Tail(tail.pages, means), backend="cuda")
     with pytest.raises(ValueError, match="backend"):
         ops.sparse_attention(q, *cache, everything, backend="gpu")

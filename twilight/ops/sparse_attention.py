@@ -34,15 +34,19 @@ class AttentionParams(ctypes.Structure):
         ("scale_log2", ctypes.c_float),
         *((name, ctypes.c_int) for name in (
             "batch", "num_kv_heads", "group", "page_shift", "max_pages", "capacity", "granularity_shift", "min_tiles",
+            "tail_capacity",
+        )),
+        *((name, ctypes.c_void_p) for name in (
+            "tail_indices", "tail_lengths", "tail_logits", "tail_values", "tail_params",
         )),
     ]  # fmt: skip
 
 
 STRUCTS = (AttentionParams,)
 INSTANTIATIONS = tuple(
-    f"sparse_attention<{dtype}, {dim}, {warps}, {stages}, {log_weight}>"
+    f"sparse_attention<{dtype}, {dim}, {warps}, {stages}, {flags}>"
     for dtype in ("half", "bf16") for dim, configs in CONFIGS.items() for warps, stages in configs
-    for log_weight in ("false", "true")
+    for flags in ("false", "true", "false, 1", "false, 2")
 )  # fmt: skip
 
 
@@ -71,7 +75,7 @@ def sparse_attention(
         tail: pseudo-tokens, logit and value given, that count as tokens do; see `twilight.ops.tail`.
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
         backend: which implementation. The kernel takes half and bfloat16, d of 64, 128 or 256, and pages of a power of
-            two tokens.
+            two tokens; a tail not together with a `log_weight`, and its means in the type of q or in 8 bits.
 
     Returns:
         `(out, lse)`: `[b, Hq, d]` in the type of q, and `[b, Hq]` float32, the log of the sum of exponentials, with
@@ -86,9 +90,9 @@ def sparse_attention(
         tail.pages.check_fits("tail.pages", seq_lens.shape[0], q.shape[1], k_pages.shape[1])
         check_tensor("tail.means.values[0]", tail.means.values[0], (*k_pages.shape[:2], k_pages.shape[3]))
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    unsupported = unsupported_attention(q, k_pages, v_pages) or _unsupported_selection(selection)
+    unsupported = unsupported_attention(q, k_pages, v_pages) or _unsupported_lists(selection, tail, k_pages)
     if kernels.use_kernel(backend, q.device, unsupported):
-        return launch_attention(q, k_pages, v_pages, page_table, seq_lens, selection, scale)
+        return launch_attention(q, k_pages, v_pages, page_table, seq_lens, selection, scale, tail=tail)
     return _torch(q, k_pages, v_pages, page_table, seq_lens, selection, scale, tail)
 
 
@@ -148,9 +152,20 @@ def unsupported_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch
     return None
 
 
-def _unsupported_selection(selection: Selection) -> str | None:
+def _unsupported_lists(selection: Selection, tail: Tail | None, k_pages: torch.Tensor) -> str | None:
     if selection.granularity & (selection.granularity - 1):
         return f"the selection's granularity is {selection.granularity}; the kernel needs a power of two"
+    if tail is None:
+        return None
+    if selection.log_weight is not None:
+        return "the selection has a log_weight; the kernel takes either that or a tail"
+    if tail.means.page_size != k_pages.shape[2]:
+        return f"the tail's pages have {tail.means.page_size} tokens and the cache's {k_pages.shape[2]}"
+    values = tail.means.values
+    if len(values) == 1 and values[0].dtype != k_pages.dtype:
+        return f"the tail's means are {values[0].dtype} and the pages {k_pages.dtype}"
+    if not all(part.is_contiguous() for part in values):
+        return "the tail's means are not contiguous"
     return None
 
 
@@ -185,6 +200,7 @@ def launch_attention(
     selection: Selection | None,
     scale: float,
     *,
+    tail: Tail | None = None,
     config: tuple[int, int, int] | None = None,
     min_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +226,7 @@ def launch_attention(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         None, None, None, out.data_ptr(), lse.data_ptr(), partial.data_ptr(), state, counter.data_ptr(),
         scale / math.log(2), b, kv_heads, group, page_size.bit_length() - 1, page_table.shape[1], 0, 0,
-        warps if min_tiles is None else min_tiles,
+        warps if min_tiles is None else min_tiles, 0,
     )  # fmt: skip
     if selection is None:
         kernel = _kernel("dense_attention", q.dtype, dim, warps, stages, "", q.get_device())
@@ -220,16 +236,27 @@ def launch_attention(
         params.indices, params.lengths = indices.data_ptr(), lengths.data_ptr()
         params.log_weight = None if weights is None else weights.data_ptr()
         params.capacity, params.granularity_shift = selection.capacity, selection.granularity.bit_length() - 1
-        weighted = ", false" if weights is None else ", true"
-        kernel = _kernel("sparse_attention", q.dtype, dim, warps, stages, weighted, q.get_device())
+        flags = ", false" if weights is None else ", true"
+        if tail is not None:
+            pages, pseudo_logits = tail.pages, tail.pages.log_weight
+            assert pseudo_logits is not None
+            listed, counts, pseudo_logits = (
+                part.contiguous() for part in (pages.indices, pages.lengths, pseudo_logits)
+            )
+            params.tail_capacity = pages.capacity
+            params.tail_indices, params.tail_lengths = listed.data_ptr(), counts.data_ptr()
+            params.tail_logits, params.tail_values = pseudo_logits.data_ptr(), tail.means.values[0].data_ptr()
+            params.tail_params = tail.means.values[1].data_ptr() if len(tail.means.values) == 2 else None
+            flags = f", false, {len(tail.means.values)}"
+        kernel = _kernel("sparse_attention", q.dtype, dim, warps, stages, flags, q.get_device())
     kernel.launch((blocks, 1, 1), (32 * warps, 1, 1), params, ring_bytes(dim, warps, stages))
     return out, lse
 
 
 @functools.cache
 def _kernel(
-    stem: str, dtype: torch.dtype, dim: int, warps: int, stages: int, weighted: str, device: int
+    stem: str, dtype: torch.dtype, dim: int, warps: int, stages: int, flags: str, device: int
 ) -> kernels.Kernel:
     kind = "half" if dtype == torch.float16 else "bf16"
-    expression = f"{stem}<{kind}, {dim}, {warps}, {stages}{weighted}>"
+    expression = f"{stem}<{kind}, {dim}, {warps}, {stages}{flags}>"
     return kernels.load(stem, expression, max_dynamic_smem=ring_bytes(dim, warps, stages), device=device)

@@ -40,19 +40,21 @@ class TopPParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "logits", "indices", "lengths", "log_weight", "kept", "kept_lengths", "per_query_head", "mass",
-            "kept_log_weight",
+            "kept_log_weight", "tail",
         )),
         ("p", ctypes.c_float),
         ("bins_per_nat", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("capacity", "granularity_shift", "slice_capacity", "bits", "group")),
+        *((name, ctypes.c_int) for name in (
+            "capacity", "granularity_shift", "slice_capacity", "bits", "group", "min_tokens", "max_tokens",
+        )),
     ]  # fmt: skip
 
 
 STRUCTS = (TopPParams,)
 INSTANTIATIONS = tuple(
-    f"top_p<{kind}, {_THREADS}, {cluster}, {shared}>"
-    for kind in ("half", "float") for cluster in (1, 2, 4, 8) for shared in ("true", "false")
-    if shared == "true" or cluster in (1, 8)
+    f"top_p<{kind}, {_THREADS}, {cluster}, {shared}{extended}>"
+    for extended in ("", ", true") for kind in ("half", "float") for cluster in (1, 2, 4, 8)
+    for shared in ("true", "false") if shared == "true" or cluster in (1, 8)
 ) + (f"top_p<half, {_THREADS_SMALL}, 1, true>",)  # fmt: skip
 
 
@@ -143,7 +145,7 @@ def top_p(
     if logits.shape[1] % candidates.indices.shape[1]:
         raise ValueError(f"logits: expected a multiple of {candidates.indices.shape[1]} heads, got {logits.shape[1]}")
     if kernels.use_kernel(backend, logits.device, _unsupported(logits, candidates)):
-        return _cuda(logits, candidates, p)
+        return _cuda(logits, candidates, seq_lens, p, min_tokens, max_tokens, means)
     keep = top_p_mask(logits, p, min_tokens=min_tokens, max_tokens=max_tokens)
     return join_group(keep, logits, candidates, seq_lens, means)
 
@@ -202,13 +204,16 @@ def _unsupported(logits: torch.Tensor, candidates: Selection) -> str | None:
 
 
 @functools.lru_cache(1024)
-def _plan(rows: int, n: int, group: int, element: int, index: int) -> tuple[int, bool, int, int]:
-    """Return (cluster, whether logits fit shared memory, slice capacity, bytes of shared memory)."""
+def _plan(rows: int, n: int, group: int, element: int, index: int, unit: int = 8) -> tuple[int, bool, int, int]:
+    """Return (cluster, whether logits fit shared memory, slice capacity, bytes of shared memory).
+
+    Slices are of whole `unit`s of candidates.
+    """
     budget = shared_memory(index)[0] - 4096
     clusters = (1, 2, 4, 8) if torch.cuda.get_device_capability(index) >= (9, 0) else (1,)
 
     def needs(cluster: int, shared: bool) -> tuple[int, int]:
-        piece = -(-n // (8 * cluster)) * 8
+        piece = -(-n // (unit * cluster)) * unit
         bins = 4 * _BINS * group * (2 if cluster > 1 else 1)
         keep = piece // 8 * group if piece // 8 > 4 * _BINS else 0
         return piece, bins + keep + (piece * group * element if shared else 0)
@@ -225,7 +230,15 @@ def _plan(rows: int, n: int, group: int, element: int, index: int) -> tuple[int,
     return cluster, False, piece, size
 
 
-def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
+def _cuda(
+    logits: torch.Tensor,
+    candidates: Selection,
+    seq_lens: torch.Tensor,
+    p: float,
+    min_tokens: int,
+    max_tokens: int | None,
+    means: PageMeans | None,
+) -> Pruned:
     b, q_heads, n = logits.shape
     kv_heads, device = candidates.indices.shape[1], logits.device
     group = q_heads // kv_heads
@@ -239,24 +252,37 @@ def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     logits, indices, lengths = logits.contiguous(), candidates.indices.contiguous(), candidates.lengths.contiguous()
     index = logits.get_device()
-    cluster, shared, piece, smem = _plan(b * kv_heads, n, group, logits.element_size(), index)
+    page = candidates.granularity
+    by_page = means is not None and page == means.page_size and page % 8 == 0
+    lost = torch.empty((b, q_heads, candidates.capacity), dtype=torch.float32, device=device) if by_page else None
+    extended = by_page or min_tokens > 1 or max_tokens is not None
+    unit = page if by_page else 8
+    cluster, shared, piece, smem = _plan(b * kv_heads, n, group, logits.element_size(), index, unit)
     kind = "half" if logits.dtype == torch.float16 else "float"
     # A warp works for one query head: groups that divide 12 warps.
-    small = kind == "half" and cluster == 1 and shared and group in (1, 2, 3, 4, 6, 12)
+    small = kind == "half" and cluster == 1 and shared and group in (1, 2, 3, 4, 6, 12) and not extended
     threads = _THREADS_SMALL if small else _THREADS
-    kernel = _kernel(kind, threads, cluster, shared, index)
+    kernel = _kernel(kind, threads, cluster, shared, extended, index)
     params = TopPParams(
         logits.data_ptr(), indices.data_ptr(), lengths.data_ptr(), None if weights is None else weights.data_ptr(),
         kept.data_ptr(), kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
-        None if kept_weights is None else kept_weights.data_ptr(),
+        None if kept_weights is None else kept_weights.data_ptr(), None if lost is None else lost.data_ptr(),
         p, 32.0 if p < 0.999 else 16.0, candidates.capacity, candidates.granularity.bit_length() - 1, piece, min(16, 31
-        - (n - 1).bit_length()), group,
+        - (n - 1).bit_length()), group, min(min_tokens, n), n if max_tokens is None else min(max_tokens, n),
     )  # fmt: skip
     kernel.launch((cluster, b * kv_heads, 1), (threads, 1, 1), params, smem)
-    return Pruned(Selection(kept, kept_lengths, 1, kept_weights), per_query_head, mass)
+    selection = Selection(kept, kept_lengths, 1, kept_weights)
+    tail = None
+    if means is not None:
+        if lost is None:
+            tail = page_tail(logits, candidates, selection, seq_lens, means)
+        else:
+            tail = Tail(Selection(indices, lengths, page, lost), means)
+    return Pruned(selection, per_query_head, mass, tail)
 
 
 @functools.cache
-def _kernel(kind: str, threads: int, cluster: int, shared: bool, device: int) -> kernels.Kernel:
-    expression = f"top_p<{kind}, {threads}, {cluster}, {'true' if shared else 'false'}>"
+def _kernel(kind: str, threads: int, cluster: int, shared: bool, extended: bool, device: int) -> kernels.Kernel:
+    flags = ("true" if shared else "false") + (", true" if extended else "")
+    expression = f"top_p<{kind}, {threads}, {cluster}, {flags}>"
     return kernels.load("top_p", expression, max_dynamic_smem=shared_memory(device)[0] - 4096, device=device)
