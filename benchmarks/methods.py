@@ -124,12 +124,13 @@ class Stages:
         )  # fmt: skip
 
     def prune(self, i: int) -> Pruned:
-        return self.attention.pruner(self.logits[i], self.candidates[i], self.layers[i].seq_lens)
+        return self.attention.pruner(self.logits[i], self.candidates[i], self.layers[i])
 
     def attend(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         layer = self.layers[i]
         pages = (layer.k_pages, layer.v_pages, layer.page_table, layer.seq_lens)
-        return ops.sparse_attention(self.queries[i], *pages, self.kept[i].selection, sm_scale=layer.geometry.sm_scale)
+        kept, scale = self.kept[i], layer.geometry.sm_scale
+        return ops.sparse_attention(self.queries[i], *pages, kept.selection, tail=kept.tail, sm_scale=scale)
 
     def total(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.attention.attend(self.queries[i], self.layers[i])

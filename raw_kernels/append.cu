@@ -6,8 +6,10 @@
 // d=128, which at one token a step is what the whole kernel costs). Labels are a token's own.
 //
 // A sum of floats depends on its order. For means a lane therefore holds d / 32 channels of every token, and adds the page's tokens slot after
-// slot: old ones from the page, new ones from the input, which it reads a second time (from L2).
-// Floor: a new token and kv head reads 4d bytes and writes 4d + d/2 + 4; with bounds or means, one token a step reads 2dP more.
+// slot: old ones from the page, new ones from the input, which it reads a second time (from L2). The mean of the values, which a
+// pruner's tail is made of, is kept the same way beside any summary of the keys (V).
+// Floor: a new token and kv head reads 4d bytes and writes 4d + d/2 + 4; with bounds or means, one token a step reads 2dP more, and with
+// the mean of the values 2dP again.
 #include "common.cuh"
 
 struct AppendParams {
@@ -22,6 +24,8 @@ struct AppendParams {
   u8* first;              // [pages, Hkv, ...]: maxima or means [d], labels [P, r]; codes of bounds [2d], means [d], labels [P, r*bits/8]
   u8* second;             // [pages, Hkv, ...]: minima [d]; scale and zero of codes, two halves, [2] or [P, 2]
   const int* channels;    // [Hkv, r], of labels
+  u8* value_first;        // [pages, Hkv, d]: means of the values, or their codes
+  u8* value_second;       // [pages, Hkv, 2]: scale and zero of codes
   long long k_strides[3];  // elements between sequences, tokens and heads
   long long v_strides[3];
   int batch;
@@ -122,9 +126,9 @@ struct Labels<T, D, 0> {  // none
   __device__ __forceinline__ Labels(const AppendParams&, int, int) {}
 };
 
-// Mean key of a page: its first `old` slots from `k_page`, the others from `new_k`, where slot s lies at s * stride.
-template <typename T, int D, bool Packed>
-__device__ __forceinline__ void write_mean(const AppendParams& p, const T* k_page, const T* new_k, long long stride, int old, int filled,
+// Mean of a page's keys or values: its first `old` slots from `stored`, the others from `fresh`, where slot s lies at s * stride.
+template <typename T, int D, bool Packed, bool kValues>
+__device__ __forceinline__ void write_mean(const AppendParams& p, const T* stored, const T* fresh, long long stride, int old, int filled,
                                            long long place) {
   constexpr int kEach = D / kWarp, kWords = kEach / 2;  // channels and 32-bit words of a lane
   constexpr int kAhead = D == 256 ? 8 : 16;
@@ -136,7 +140,7 @@ __device__ __forceinline__ void write_mean(const AppendParams& p, const T* k_pag
     for (int i = 0; i < kAhead; ++i) {
       const int s = slot + i;
       if (s < filled) {
-        const T* const key = (s < old ? k_page + s * D : new_k + s * stride) + channel;
+        const T* const key = (s < old ? stored + s * D : fresh + s * stride) + channel;
         if constexpr (kWords == 1) {
           w[i][0] = *reinterpret_cast<const u32*>(key);
         } else if constexpr (kWords == 2) {
@@ -160,9 +164,9 @@ __device__ __forceinline__ void write_mean(const AppendParams& p, const T* k_pag
 #pragma unroll
   for (int c = 0; c < kEach; ++c) mean[c] = __fdiv_rn(mean[c], static_cast<float>(filled));
   if constexpr (!Packed) {
-    u32* const stored = reinterpret_cast<u32*>(reinterpret_cast<T*>(p.first) + place * D + channel);
+    u32* const out = reinterpret_cast<u32*>(reinterpret_cast<T*>(kValues ? p.value_first : p.first) + place * D + channel);
 #pragma unroll
-    for (int j = 0; j < kWords; ++j) stored[j] = pack2<T>(mean[2 * j], mean[2 * j + 1]);
+    for (int j = 0; j < kWords; ++j) out[j] = pack2<T>(mean[2 * j], mean[2 * j + 1]);
   } else {
     float top = mean[0], bottom = mean[0];
     bool nan = false;
@@ -172,13 +176,13 @@ __device__ __forceinline__ void write_mean(const AppendParams& p, const T* k_pag
 #pragma unroll
     for (int c = 0; c < kEach; c += 2) {
       const u32 both = codes(mean[c]) | codes(mean[c + 1]) << 8;
-      *reinterpret_cast<u16*>(p.first + place * D + channel + c) = static_cast<u16>(both);
+      *reinterpret_cast<u16*>((kValues ? p.value_first : p.first) + place * D + channel + c) = static_cast<u16>(both);
     }
-    if (lane_id() == 0) reinterpret_cast<u32*>(p.second)[place] = pair_bits(codes.scale, codes.zero);
+    if (lane_id() == 0) reinterpret_cast<u32*>(kValues ? p.value_second : p.second)[place] = pair_bits(codes.scale, codes.zero);
   }
 }
 
-template <typename T, int D, int R>
+template <typename T, int D, int R, int V = None>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constant__ AppendParams p) {
   constexpr int kLanes = D / 8;             // lanes of a token
   constexpr int kTokens = kWarp / kLanes;   // tokens of a step
@@ -240,7 +244,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
 
   if constexpr (kMean) {
     const T* const slot0 = new_k + (page_start - start) * p.k_strides[1];  // where the page's first slot would be
-    write_mean<T, D, R == Mean8>(p, k_page, slot0, p.k_strides[1], first_new, filled, place);
+    write_mean<T, D, R == Mean8, false>(p, k_page, slot0, p.k_strides[1], first_new, filled, place);
+  }
+  if constexpr (V != None) {
+    const T* const slot0 = new_v + (page_start - start) * p.v_strides[1];
+    write_mean<T, D, V == Mean8, true>(p, v_page, slot0, p.v_strides[1], first_new, filled, place);
   }
   if constexpr (kBounds) {
     constexpr int kAhead = D == 64 ? 4 : 8;  // the 15 old keys of a page of 16 in one round at d=128

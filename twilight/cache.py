@@ -65,6 +65,10 @@ class LayerCache:
             for spec in (*self.specs, *self.pruner_specs)
         }
         self._summary = self._kept_by_append()
+        values = () if self.dense else tuple(self._metadata[spec.name] for spec in self._cache._kept_values)
+        self._value_summary = Summary("mean", values) if values else None
+        if self._value_summary is not None:
+            self._value_summary.check(self.v_pages)
 
     def _kept_by_append(self) -> Summary | None:
         """Return the metadata that append brings up to date by itself."""
@@ -222,8 +226,9 @@ class LayerCache:
         new_tokens: torch.Tensor,
     ) -> None:
         ops.append(
-            k, v, self.k_pages, self.v_pages, self.shadow, page_table, seq_lens, new_tokens, summary=self._summary
-        )
+            k, v, self.k_pages, self.v_pages, self.shadow, page_table, seq_lens, new_tokens,
+            summary=self._summary, value_summary=self._value_summary,
+        )  # fmt: skip
 
     def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
         for buffer in (self.k_pages, self.v_pages, self.shadow, *self._metadata.values()):
@@ -297,7 +302,12 @@ class PagedKVCache:
         # One launch keeps one rule; what else there is, the selector summarises.
         rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
         self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
-        self._summarized = tuple(spec.name for spec in (*self.specs, *self.pruner_specs) if spec not in self._kept)
+        self._kept_values = tuple(spec for spec in self.pruner_specs if spec.rule == "mean")
+        others = {spec.rule for spec in self.pruner_specs} - {"summarize", "mean"}
+        if others:
+            raise ValueError(f"pruner: its metadata may have the rule 'summarize' or 'mean', got {min(others)!r}")
+        kept = (*self._kept, *self._kept_values)
+        self._summarized = tuple(spec.name for spec in (*self.specs, *self.pruner_specs) if spec not in kept)
         self.table = PageTable(num_pages, geometry.page_size, num_rows)
         self._growable = growable
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)

@@ -9,7 +9,7 @@ import torch
 
 from twilight import ops
 from twilight.checks import check_p
-from twilight.ops.tail import PageMeans
+from twilight.ops.tail import MeanValues
 from twilight.ops.threshold import check_threshold
 from twilight.ops.top_p import Pruned, check_bounds
 from twilight.selection import Selection
@@ -37,7 +37,11 @@ class Pruner:
     needs_logits: ClassVar[bool] = True
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
-        """Return the tensors to be kept beside the values; none by default. Their names must not be a selector's."""
+        """Return the tensors to be kept beside the values; none by default.
+
+        Their names must not be a selector's. Of the rules of `MetadataSpec` there are two: ``"summarize"``, and
+        ``"mean"``, by which append keeps `ops.page_means` of the values.
+        """
         return ()
 
     def summarize(self, values: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
@@ -114,24 +118,22 @@ class TailedPruner(Pruner):
         if self.tail == "none":
             return ()
         if self.tail_type == "native":
-            return (MetadataSpec("mean_values", (geometry.head_dim,), geometry.dtype),)
-        return (MetadataSpec("mean_value_codes", (geometry.head_dim,), torch.uint8),
-                MetadataSpec("mean_value_params", (2,), torch.float16))  # fmt: skip
+            return (MetadataSpec("mean_values", (geometry.head_dim,), geometry.dtype, rule="mean"),)
+        return (MetadataSpec("mean_value_codes", (geometry.head_dim,), torch.uint8, rule="mean"),
+                MetadataSpec("mean_value_params", (2,), torch.float16, rule="mean"))  # fmt: skip
 
     def summarize(self, values: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
-        # Divided by what is there: the newest page is partly filled.
-        means = values.float().sum(2) / valid.sum(-1).clamp(min=1)[:, None, None]
         if self.tail_type == "native":
-            return {"mean_values": means}
-        codes, params = ops.quantize_means(means)
+            return {"mean_values": ops.page_means(values, valid)[0]}
+        codes, params = ops.page_means(values, valid, 8)
         return {"mean_value_codes": codes, "mean_value_params": params}
 
-    def _means(self, layer: LayerCache) -> PageMeans | None:
+    def _means(self, layer: LayerCache) -> MeanValues | None:
         """Return what the operators need to make a tail, or None."""
         if self.tail == "none":
             return None
         values = tuple(layer.metadata(spec.name) for spec in self.metadata(layer.geometry))
-        return PageMeans(values, layer.geometry.page_size, layer.page_table.shape[1])
+        return MeanValues(values, layer.geometry.page_size, layer.page_table.shape[1])
 
     def _finish(self, pruned: Pruned, layer: LayerCache) -> Pruned:
         if self.tail != "mean" or pruned.tail is None:

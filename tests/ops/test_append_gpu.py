@@ -44,21 +44,25 @@ def summary_of(what, pages, heads, dim, page, dtype, channels=16):
 class Pool:
     """Empty pages for `b` sequences of up to `width` pages each."""
 
-    def __init__(self, b, width, *, heads, dim, page, dtype, summary, channels=16):
+    def __init__(self, b, width, *, heads, dim, page, dtype, summary, channels=16, values=None):
         pages = b * width + 1
         self.k, self.v = (zeros(pages, heads, page, dim, dtype=dtype) for _ in range(2))
         self.shadow = zeros(pages, heads, shadow_bytes(page, dim), dtype=torch.uint8)
         torch.manual_seed(1)
         self.summary = summary_of(summary, pages, heads, dim, page, dtype, channels)
+        self.values = summary_of(values, pages, heads, dim, page, dtype)
         self.table = (torch.randperm(pages - 1, device="cuda") + 1).view(b, width).int()
 
     def append(self, k, v, lengths, counts, backend):
         table = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in (lengths, counts)]
-        ops.append(k, v, self.k, self.v, self.shadow, self.table, *table, summary=self.summary, backend=backend)
+        ops.append(
+            k, v, self.k, self.v, self.shadow, self.table, *table,
+            summary=self.summary, value_summary=self.values, backend=backend,
+        )  # fmt: skip
 
     @property
     def kept(self):
-        return self.summary.tensors if self.summary else ()
+        return [part for each in (self.summary, self.values) if each for part in each.tensors]
 
     def tensors(self):
         # The null page is nobody's: what lies there is left out.

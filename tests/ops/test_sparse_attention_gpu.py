@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twilight import Selection, kernels, ops
-from twilight.ops.tail import PageMeans, Tail
+from twilight.ops.tail import MeanValues, Tail
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,8 +125,8 @@ def tail_of(cache, group, *, packed, seed=3, share=0.4):
     logits = 3 * torch.randn(len(lens), heads * group, pages.capacity, generator=generator, device="cuda")
     logits[:, ::2, ::3] = -torch.inf
     means = v.float().mean(2)
-    values = ops.quantize_means(means) if packed else (means.to(v.dtype),)
-    return Tail(Selection(pages.indices, pages.lengths, page, logits), PageMeans(values, page, table.shape[1]))
+    values = ops.quantize(means, 8) if packed else (means.to(v.dtype),)
+    return Tail(Selection(pages.indices, pages.lengths, page, logits), MeanValues(values, page, table.shape[1]))
 
 
 def padded_tail(tail):
@@ -248,7 +248,7 @@ def test_what_the_kernel_cannot_take_is_refused_by_name():
     with pytest.raises(ValueError, match="either that or a tail"):
         ops.sparse_attention(q, *cache, weighted, tail=tail, backend="cuda")
     with pytest.raises(ValueError, match="means are torch.float16"):
-        means = PageMeans((tail.means.values[0].half(),), 16, 3)
+        means = MeanValues((tail.means.values[0].half(),), 16, 3)
         ops.sparse_attention(q, *cache, everything, tail=Tail(tail.pages, means), backend="cuda")
     with pytest.raises(ValueError, match="backend"):
         ops.sparse_attention(q, *cache, everything, backend="gpu")

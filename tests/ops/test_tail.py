@@ -9,7 +9,7 @@ import torch
 
 from tests import oracles
 from twilight import Selection, ops
-from twilight.ops.tail import PageMeans, Tail
+from twilight.ops.tail import MeanValues, Tail
 
 INF = math.inf
 DIM, PAGE, HEADS = 8, 4, 2
@@ -27,7 +27,7 @@ def _case(group: int, granularity: int, packed: bool):
     for row, length in enumerate(LENGTHS):
         for first in range(0, length, PAGE):
             means[int(table[row, first // PAGE])] = values[row, first : min(length, first + PAGE)].mean(0)
-    kept_means = ops.quantize_means(means) if packed else (means,)
+    kept_means = ops.quantize(means, 8) if packed else (means,)
     lists = oracles.random_lists([-(-length // granularity) for length in LENGTHS], HEADS, seed=granularity)
     spelled = [[oracles.tokens_of(lists[r][h], granularity, LENGTHS[r]) for h in range(HEADS)] for r in range(b)]
     candidates = Selection(*oracles.pad(lists), granularity)
@@ -49,7 +49,7 @@ def _case(group: int, granularity: int, packed: bool):
             coins = torch.rand(len(places), generator=generator).tolist()
             kept[row][head] = [token for token, coin in zip(spelled[row][head], coins, strict=True) if coin < 0.3]
     lens = torch.tensor(LENGTHS, dtype=torch.int32)
-    page_means = PageMeans(tuple(kept_means), PAGE, table.shape[1])
+    page_means = MeanValues(tuple(kept_means), PAGE, table.shape[1])
     return logits, estimates, candidates, kept, spelled, values, pages, table, lens, page_means
 
 
@@ -136,7 +136,7 @@ def test_a_tail_of_exact_logits_leaves_the_mass_of_all_candidates() -> None:
     logits = ops.exact_logits(q, k_pages, table, lens, max_seq_len=24)
     everything = Selection.everything(lens, 1, max_seq_len=24, granularity=PAGE)
     dense, dense_lse = ops.sparse_attention(q, k_pages, v_pages, table, lens, everything)
-    means = PageMeans((v_pages.mean(2),), PAGE, table.shape[1])
+    means = MeanValues((v_pages.mean(2),), PAGE, table.shape[1])
     for p in (0.1, 0.5, 0.9):
         pruned = ops.top_p(logits, everything, lens, p, means=means)
         assert int(pruned.selection.lengths) < 24
@@ -158,43 +158,20 @@ def test_nothing_pruned_leaves_no_tail() -> None:
         torch.testing.assert_close(lse, plain_lse)
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 100.0])
-def test_eight_bits_are_within_half_a_step(spread: float) -> None:
-    means = spread * torch.randn(50, 3, 64) + 0.25
-    codes, params = ops.quantize_means(means)
-    assert codes.dtype == torch.uint8 and codes.shape == means.shape and params.shape == (50, 3, 2)
-    back = ops.dequantize_means(codes, params)
-    step = params[..., :1].double()
-    width = (means.amax(-1) - means.amin(-1)).double()
-    # Half a step, and the rounding of scale and zero to half: 2**-11 of the range and of the zero.
-    bound = step / 2 + 2.0**-11 * (width + params[..., 1].double().abs()).unsqueeze(-1) + 1e-7
-    assert ((back.double() - means.double()).abs() <= bound).all()
-    assert (step[..., 0] <= (width / 255).clamp(min=2.0**-14) * (1 + 2.0**-10) + 2.0**-11 * 0.01 * spread).all()
-    mine = oracles.mean_value(means[7, 1:2].numpy(), packed=True)
-    assert back[7, 1].tolist() == pytest.approx(mine.tolist(), abs=1e-6)
-
-
-def test_nan_in_a_mean_stays_in_its_page_and_head() -> None:
-    means = torch.randn(3, 2, 8)
-    means[1, 0, 5] = torch.nan
-    back = ops.dequantize_means(*ops.quantize_means(means))
-    assert back[1, 0].isnan().all() and back.isnan().sum() == 8
-
-
 def test_refuses_what_does_not_fit() -> None:
     logits, _, candidates, kept, _, _, v_pages, table, lens, means = _case(1, PAGE, False)
     selection = Selection(*oracles.pad(kept))
     with pytest.raises(ValueError, match=r"values: expected \(means,\) or \(codes, params\), got 3 tensors"):
-        PageMeans((v_pages, v_pages, v_pages), PAGE, 9)
+        MeanValues((v_pages, v_pages, v_pages), PAGE, 9)
     with pytest.raises(TypeError, match=r"values\[1\]: expected dtype float16, got float32"):
-        PageMeans((means.values[0].to(torch.uint8), torch.zeros(len(v_pages), HEADS, 2)), PAGE, 9)
+        MeanValues((means.values[0].to(torch.uint8), torch.zeros(len(v_pages), HEADS, 2)), PAGE, 9)
     with pytest.raises(ValueError, match="candidates: expected a granularity of 1 or 2, got 4"):
-        ops.page_tail(logits, candidates, selection, lens, PageMeans(means.values, 2, 20))
+        ops.page_tail(logits, candidates, selection, lens, MeanValues(means.values, 2, 20))
     with pytest.raises(ValueError, match="pages: expected a granularity of page_size=4, got 1"):
         Tail(selection, means)
     with pytest.raises(ValueError, match="pages: expected a log_weight"):
         Tail(candidates, means)
     tail = ops.page_tail(logits, candidates, selection, lens, means)
-    narrow = Tail(tail.pages, PageMeans((means.values[0][..., :4],), PAGE, table.shape[1]))
+    narrow = Tail(tail.pages, MeanValues((means.values[0][..., :4],), PAGE, table.shape[1]))
     with pytest.raises(ValueError, match=r"tail.means.values\[0\]: expected shape .*, 2, 8\], got .*, 2, 4\]"):
         ops.sparse_attention(torch.zeros(5, 2, DIM), v_pages, v_pages, table, lens, selection, tail=narrow)

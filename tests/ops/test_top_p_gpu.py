@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from twilight import Selection, kernels, ops
-from twilight.ops.tail import PageMeans
+from twilight.ops.tail import MeanValues
 from twilight.ops.top_p import top_p_mask
 
 pytestmark = [
@@ -188,7 +188,7 @@ def test_the_tail_is_what_the_union_leaves(kind, granularity, group):
         positions, valid = candidates.positions(lens)
         logits = logits.masked_fill(~valid.repeat_interleave(group, 1), -torch.inf)
         pages = int(lens.max()) // page + 2
-        means = PageMeans((torch.randn(8, 2, 64, dtype=torch.float16, device="cuda"),), page, pages)
+        means = MeanValues((torch.randn(8, 2, 64, dtype=torch.float16, device="cuda"),), page, pages)
         for p, bounds in ((0.8, {}), (0.9, {"min_tokens": 8, "max_tokens": 64}), (1.0, {"max_tokens": 20})):
             pruned = ops.top_p(logits, candidates, lens, p, **bounds, means=means, backend="cuda")
             twin = ops.page_tail(logits, candidates, pruned.selection, lens, means)
@@ -285,7 +285,7 @@ def test_twenty_runs_with_bounds_and_tail_give_the_same_bits():
         candidates = make([n // 16] * b, n // 16, heads=8, granularity=16)
         logits = logits_for(candidates, 4, "gaussian", torch.float16)
         lens = torch.full((b,), 2**30, dtype=torch.int32, device="cuda")
-        means = PageMeans((torch.zeros(1, 8, 64, dtype=torch.float16, device="cuda"),), 16, 3 * n // 16)
+        means = MeanValues((torch.zeros(1, 8, 64, dtype=torch.float16, device="cuda"),), 16, 3 * n // 16)
         runs = [
             ops.top_p(logits, candidates, lens, 0.9, min_tokens=9, max_tokens=99, means=means, backend="cuda")
             for _ in range(20)

@@ -15,13 +15,13 @@ from twilight.ops.rotate import rotate
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
-from twilight.ops.tail import PageMeans, Tail, dequantize_means, mean_tail, page_tail, quantize_means
+from twilight.ops.tail import MeanValues, Tail, mean_tail, page_tail
 from twilight.ops.threshold import threshold
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import keep_all, top_p
 
 __all__ = [
-    "PageMeans",
+    "MeanValues",
     "Summary",
     "Tail",
     "append",
@@ -31,7 +31,6 @@ __all__ = [
     "dense_attention",
     "dequantize",
     "dequantize_bounds",
-    "dequantize_means",
     "estimate_scores",
     "exact_logits",
     "fused_decode",
@@ -48,7 +47,6 @@ __all__ = [
     "quantize",
     "quantize_bounds",
     "rotate",
-    "quantize_means",
     "sparse_attention",
     "threshold",
     "top_k",

@@ -29,7 +29,7 @@ class AppendParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "k", "v", "k_pages", "v_pages", "shadow", "page_table", "seq_lens", "new_tokens", "first", "second",
-            "channels",
+            "channels", "value_first", "value_second",
         )),
         ("k_strides", ctypes.c_longlong * 3),
         ("v_strides", ctypes.c_longlong * 3),
@@ -41,8 +41,9 @@ class AppendParams(ctypes.Structure):
 
 STRUCTS = (AppendParams,)
 INSTANTIATIONS = tuple(
-    f"append<{kind}, {dim}, {rule}>" for kind in _HALVES.values() for dim in _DIMS for rule in range(len(_RULES))
-)
+    f"append<{kind}, {dim}, {rule}{values}>"
+    for values in ("", ", 3", ", 4") for kind in _HALVES.values() for dim in _DIMS for rule in range(len(_RULES))
+)  # fmt: skip
 
 
 def append(
@@ -56,6 +57,7 @@ def append(
     new_tokens: torch.Tensor,
     *,
     summary: Summary | None = None,
+    value_summary: Summary | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> None:
     """Write the last `new_tokens` tokens of each sequence, in place.
@@ -69,16 +71,22 @@ def append(
         page_table: `[b, max_pages]` int32, the pages of the new tokens in it.
         seq_lens: `[b]` int32, the new tokens counted.
         new_tokens: `[b]` int32.
-        summary: metadata to be brought up to date, of the touched pages or of the new tokens; none by default.
+        summary: metadata of the keys to be brought up to date, of the touched pages or of the new tokens; none by
+            default.
+        value_summary: metadata of the values, of the rule "mean"; none by default.
         backend: which implementation. The kernel takes half and bfloat16, and d of 64, 128 or 256.
     """
     tensors = (k, v, k_pages, v_pages, shadow, page_table, seq_lens, new_tokens)
     if summary is not None:
         summary.check(k_pages)
-    if kernels.use_kernel(backend, k.device, _unsupported(k, k_pages, v_pages, shadow, summary)):
-        _cuda(*tensors, summary)
+    if value_summary is not None:
+        if value_summary.rule != "mean":
+            raise ValueError(f"value_summary: expected the rule 'mean', got {value_summary.rule!r}")
+        value_summary.check(v_pages)
+    if kernels.use_kernel(backend, k.device, _unsupported(k, k_pages, v_pages, shadow, summary, value_summary)):
+        _cuda(*tensors, summary, value_summary)
     else:
-        _torch(*tensors, summary)
+        _torch(*tensors, summary, value_summary)
 
 
 def _torch(
@@ -91,6 +99,7 @@ def _torch(
     seq_lens: torch.Tensor,
     new_tokens: torch.Tensor,
     summary: Summary | None,
+    value_summary: Summary | None,
 ) -> None:
     page_size = k_pages.shape[2]
     steps = torch.arange(k.shape[1], device=k.device)
@@ -109,18 +118,20 @@ def _torch(
         stored_codes, stored_params = split_shadow(shadow, page_size)
         stored_codes[pages, :, slots] = codes
         stored_params[pages, :, slots] = params
-    if summary is None or not k.shape[1]:
+    if not k.shape[1]:
         return
-    if summary.rule == "label":
+    if summary is not None and summary.rule == "label":
         assert summary.channels is not None
         found = key_labels(k.transpose(1, 2), summary.channels, summary.bits)
         for tensor, part in zip(summary.tensors, found, strict=True):
             tensor[pages, :, slots] = part.transpose(1, 2)
-        return
-    touched, filled = touched_pages(page_table, seq_lens, new_tokens, k.shape[1], page_size)
-    found = (page_bounds if summary.rule == "bounds" else page_means)(k_pages[touched], filled, summary.bits)
-    for tensor, part in zip(summary.tensors, found, strict=True):
-        tensor[touched] = part
+        summary = None
+    for of, stored in ((summary, k_pages), (value_summary, v_pages)):
+        if of is not None:
+            touched, filled = touched_pages(page_table, seq_lens, new_tokens, k.shape[1], page_size)
+            found = (page_bounds if of.rule == "bounds" else page_means)(stored[touched], filled, of.bits)
+            for tensor, part in zip(of.tensors, found, strict=True):
+                tensor[touched] = part
 
 
 def touched_pages(
@@ -153,6 +164,7 @@ def _unsupported(
     v_pages: torch.Tensor,
     shadow: torch.Tensor,
     summary: Summary | None,
+    value_summary: Summary | None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
     if k.dtype not in _HALVES or k_pages.dtype != k.dtype:
@@ -161,8 +173,9 @@ def _unsupported(
         return f"head_dim is {k.shape[-1]}; the kernel is made for {', '.join(map(str, _DIMS))}"
     if k_pages.shape[2] % 4:
         return f"page_size is {k_pages.shape[2]}; the kernel needs a multiple of 4"
-    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *(summary.tensors if summary else ()))):
-        return "pages, shadow or the summary are not contiguous"
+    kept = [part for each in (summary, value_summary) if each is not None for part in each.tensors]
+    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *kept)):
+        return "pages, shadow or a summary are not contiguous"
     return None
 
 
@@ -176,6 +189,7 @@ def _cuda(
     seq_lens: torch.Tensor,
     new_tokens: torch.Tensor,
     summary: Summary | None,
+    value_summary: Summary | None,
 ) -> None:
     b, steps, kv_heads, dim = k.shape
     page_size = k_pages.shape[2]
@@ -184,15 +198,14 @@ def _cuda(
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
     rule = _RULES.index(None if summary is None else (summary.rule, summary.bits))
-    kernel = _kernel(k.dtype, dim, rule, k.get_device())
-    places: list[int | None] = [None, None]
-    if summary is not None:
-        places[: len(summary.tensors)] = (part.data_ptr() for part in summary.tensors)
+    values = "" if value_summary is None else f", {_RULES.index((value_summary.rule, value_summary.bits))}"
+    kernel = _kernel(k.dtype, dim, f"{rule}{values}", k.get_device())
+    places, value_places = _places(summary), _places(value_summary)
     channels = None if summary is None or summary.channels is None else summary.channels.contiguous()
     params = AppendParams(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr() or None,
         page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places,
-        None if channels is None else channels.data_ptr(),
+        None if channels is None else channels.data_ptr(), *value_places,
         k.stride()[:3], v.stride()[:3], b, kv_heads, page_table.shape[1], page_size, pages_per_row,
         0 if channels is None else channels.shape[1],
     )  # fmt: skip
@@ -201,8 +214,13 @@ def _cuda(
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, dim: int, rule: int, device: int) -> kernels.Kernel:
-    return kernels.load("append", f"append<{_HALVES[dtype]}, {dim}, {rule}>", device=device)
+def _kernel(dtype: torch.dtype, dim: int, rules: str, device: int) -> kernels.Kernel:
+    return kernels.load("append", f"append<{_HALVES[dtype]}, {dim}, {rules}>", device=device)
+
+
+def _places(summary: Summary | None) -> tuple[int | None, int | None]:
+    first, second = (*(part.data_ptr() for part in summary.tensors), None)[:2] if summary else (None, None)
+    return first, second
 
 
 def _aligned(tensor: torch.Tensor) -> bool:

@@ -28,17 +28,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from twilight.checks import FLOAT_DTYPES, check_positive, check_tensor
-from twilight.ops.quantize import MIN_SCALE
+from twilight.ops.quantize import dequantize
 from twilight.selection import Selection
 
 
 @dataclass(frozen=True)
-class PageMeans:
+class MeanValues:
     """The mean value of every page of a layer: what tails are made of.
 
     Attributes:
         values: `(means,)`, `[pages, Hkv, d]` in the type of the cache, or `(codes, params)`, `[pages, Hkv, d]` uint8
-            and `[pages, Hkv, 2]` float16 (scale, zero), see `quantize_means`.
+            and `[pages, Hkv, 2]` float16 (scale, zero): what `ops.page_means` returns of the values.
         page_size: P.
         max_pages: logical pages that a sequence may have, the width of the page table.
     """
@@ -67,7 +67,7 @@ class PageMeans:
         """Return `[b, Hkv, n, d]` float32: the means of physical pages `[b, Hkv, n]`."""
         heads = torch.arange(pages.shape[1], device=pages.device)[None, :, None]
         parts = [part[pages, heads] for part in self.values]
-        return parts[0].float() if len(parts) == 1 else dequantize_means(parts[0], parts[1])
+        return parts[0].float() if len(parts) == 1 else dequantize(parts[0], parts[1], 8)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Tail:
     """
 
     pages: Selection
-    means: PageMeans
+    means: MeanValues
 
     def __post_init__(self) -> None:
         if self.pages.granularity != self.means.page_size:
@@ -92,37 +92,8 @@ class Tail:
             raise ValueError("pages: expected a log_weight, the logits of the pseudo-tokens")
 
 
-def quantize_means(means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise mean values to 8 bits, with one scale and one zero a page and kv head.
-
-        zero  = fp16(min)
-        scale = fp16(max((max - zero) / 255, 2**-14))
-        code  = clamp(round((m - zero) / scale), 0, 255)      so that      m ~ scale * code + zero
-
-    Args:
-        means: `[..., d]` of any floating point type.
-
-    Returns:
-        `(codes, params)`: `[..., d]` uint8, and `[..., 2]` float16 (scale, zero). NaN gives a NaN scale.
-    """
-    check_tensor("means", means, dtype=FLOAT_DTYPES)
-    means = means.float()
-    zero = means.amin(-1, keepdim=True).half()
-    # Divided by a tensor: by a number, torch multiplies with its reciprocal on a GPU, and the bytes would differ.
-    spread = means.amax(-1, keepdim=True) - zero.float()
-    scale = (spread / torch.full_like(spread, 255)).clamp(min=MIN_SCALE).half()
-    codes = ((means - zero.float()) / scale.float()).round().clamp(0, 255).nan_to_num(0).to(torch.uint8)
-    return codes, torch.cat([scale, zero], dim=-1)
-
-
-def dequantize_means(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-    """Return the means `[..., d]` float32 that `codes` and `params` stand for."""
-    scale, zero = params.float().unsqueeze(-2).unbind(-1)
-    return codes.float() * scale + zero
-
-
 def page_tail(
-    logits: torch.Tensor, candidates: Selection, kept: Selection, seq_lens: torch.Tensor, means: PageMeans
+    logits: torch.Tensor, candidates: Selection, kept: Selection, seq_lens: torch.Tensor, means: MeanValues
 ) -> Tail:
     """Return the tail of what was not kept, page by page.
 

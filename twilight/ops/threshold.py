@@ -14,7 +14,7 @@ import math
 import torch
 
 from twilight.checks import FLOAT_DTYPES, check_tensor
-from twilight.ops.tail import PageMeans
+from twilight.ops.tail import MeanValues
 from twilight.ops.top_p import Pruned, join_group
 from twilight.selection import Selection
 
@@ -61,7 +61,7 @@ def threshold(
     *,
     share: float = 0.0,
     weight: float = 0.0,
-    means: PageMeans | None = None,
+    means: MeanValues | None = None,
 ) -> Pruned:
     """Prune the candidates that weigh too little. Runs in torch on any device.
 

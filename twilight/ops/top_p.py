@@ -21,7 +21,7 @@ import torch
 from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_p, check_positive, check_tensor
 from twilight.ops.scratch import shared_memory
-from twilight.ops.tail import PageMeans, Tail, page_tail
+from twilight.ops.tail import MeanValues, Tail, page_tail
 from twilight.selection import Selection
 
 _BINS = 512
@@ -124,7 +124,7 @@ def top_p(
     *,
     min_tokens: int = 1,
     max_tokens: int | None = None,
-    means: PageMeans | None = None,
+    means: MeanValues | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> Pruned:
     """Prune candidates to the mass p.
@@ -159,7 +159,7 @@ def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
 
 
 def join_group(
-    keep: torch.Tensor, logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, means: PageMeans | None
+    keep: torch.Tensor, logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, means: MeanValues | None
 ) -> Pruned:
     """Keep for each kv head what any query head of its group keeps, and leave the rest to a tail if there are `means`.
 
@@ -237,7 +237,7 @@ def _cuda(
     p: float,
     min_tokens: int,
     max_tokens: int | None,
-    means: PageMeans | None,
+    means: MeanValues | None,
 ) -> Pruned:
     b, q_heads, n = logits.shape
     kv_heads, device = candidates.indices.shape[1], logits.device
