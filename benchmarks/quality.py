@@ -1,0 +1,258 @@
+"""What a pruning rule costs in quality, and what it reads: rules of every kind on the small model, one table.
+
+    python -m benchmarks.quality --json docs/results/pruning-tiny-8k.json --update docs/pruning.md
+
+Runs anywhere, in torch's reference on a CPU. Rules that the file has already are not run again; `--help` has the sizes.
+For every selector a context is read densely once. Then each rule decodes on from there, token by token, through
+`TwilightAttention` as it is: 4-bit estimates, the selector's own candidates, the tail from the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twilight import BoundedTopP, NoPruning, Pruner, Threshold, TopP
+from twilight.evaluation.corpus import heldout_text
+from twilight.loading import LoadedModel, load_model
+from twilight.prompts import Prompt, prompt_with_facts
+from twilight.report import versions
+from twilight.stats import Record
+
+DENSE = "dense"
+TAILED = BoundedTopP(tail="page_mean")
+"""What the caches are made for: every rule finds the metadata that it needs, and those without a tail read none."""
+
+
+def rules() -> Iterator[tuple[str, Pruner | None]]:
+    """Yield names and pruners; None for dense attention."""
+    yield DENSE, None
+    yield "every candidate", NoPruning()
+    for p in (0.7, 0.85, 0.95, 0.99):
+        yield f"top-p {p}", TopP(p)
+    for k in (32, 64, 128, 256):
+        yield f"top-k {k}", BoundedTopP(1.0, 1, k)
+    for share in (0.01, 0.001):
+        yield f"threshold {share} of the largest", Threshold(share)
+    for p, least, most in ((0.95, 1, 256), (0.85, 32, None), (0.7, 32, 128), (0.85, 32, 256), (0.95, 32, 256)):
+        bounds = (
+            f"at least {least}" * (least > 1) + ", " * (least > 1 and most is not None) + f"at most {most}" * bool(most)
+        )
+        yield f"top-p {p}, {bounds}", BoundedTopP(p, least, most)
+    for k in (16, 32, 64, 128):
+        yield f"top-k {k} + page tail", BoundedTopP(1.0, 1, k, tail="page_mean")
+    yield "top-p 0.7 + page tail", BoundedTopP(0.7, 1, None, tail="page_mean")
+    yield "top-p 0.85, at least 16, at most 128 + page tail", BoundedTopP(0.85, 16, 128, tail="page_mean")
+    yield "top-p 0.95, at least 16, at most 128 + page tail", BoundedTopP(0.95, 16, 128, tail="page_mean")
+    yield "top-k 32 + mean tail", BoundedTopP(1.0, 1, 32, tail="mean")
+    yield "top-p 0.85, at least 32, at most 256 + mean tail", BoundedTopP(0.85, 32, 256, tail="mean")
+
+
+@dataclass
+class Task:
+    """One context, read: how to decode on from it, and where the cache stands.
+
+    Attributes:
+        cache: of the handle; its rows hold the context and nothing else between two rules.
+        texts: `[windows, context + positions + 1]` tokens, or None for facts.
+        prompt: planted facts, or None for text.
+    """
+
+    cache: Any
+    texts: torch.Tensor | None = None
+    prompt: Prompt | None = None
+
+
+class Bench:
+    """A model with one selector attached, and the contexts read.
+
+    Args:
+        loaded: the model.
+        selector: its name.
+        args: sizes; see `main`.
+    """
+
+    def __init__(self, loaded: LoadedModel, selector: str, args: argparse.Namespace) -> None:
+        from twilight.integrations.transformers import attach
+
+        self.model, self.args, self.loaded = loaded.model, args, loaded
+        self.handle = attach(self.model, selector, pruner=TAILED, budget=args.budget, stats=True)
+        self.tasks = [self._text(), *(self._facts(seed) for seed in args.seeds)]
+
+    def _text(self) -> Task:
+        a = self.args
+        length = a.context + a.positions + 1
+        ids = self.loaded.tokenizer(heldout_text(a.windows * length * 8, a.seeds[0]).decode())["input_ids"]
+        texts = torch.tensor(ids[: a.windows * length], device=self.model.device).view(a.windows, length)
+        return Task(self._read(texts[:, : a.context]), texts=texts)
+
+    def _facts(self, seed: int) -> Task:
+        prompt = prompt_with_facts(self.args.context, self.args.facts, seed, self.loaded.tokenizer)
+        return Task(self._read(torch.tensor([prompt.context], device=self.model.device)), prompt=prompt)
+
+    def _read(self, context: torch.Tensor) -> Any:
+        cache = self.handle.cache()
+        with torch.inference_mode():
+            self.model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cache
+
+    @torch.inference_mode()
+    def run(self, pruner: Pruner | None) -> dict[str, Any]:
+        """Decode every task by one rule, and return what it cost and read."""
+        attention = self.handle.attention
+        attention.min_context = 1 << 30 if pruner is None else 0
+        attention.pruner = TAILED if pruner is None else pruner
+        self.handle.stats().clear()
+        started = time.perf_counter()
+        bits = self._bits(self.tasks[0])
+        row = summary(self.handle.stats().records, bits.numel())
+        row["bits"] = [round(value, 5) for value in bits.flatten().tolist()]
+        row["facts"] = sum(self._answers(task) for task in self.tasks[1:])
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        return row
+
+    def _bits(self, task: Task) -> torch.Tensor:
+        """Return `[windows, positions]` float64: the bits of each next token of the text, and take them back."""
+        assert task.texts is not None
+        first, found = self.args.context, []
+        for step in range(self.args.positions):
+            ids = task.texts[:, first + step : first + step + 2]
+            logits = self.model(ids[:, :1], past_key_values=task.cache, use_cache=True).logits[:, -1].double()
+            found.append(torch.nn.functional.cross_entropy(logits, ids[:, 1], reduction="none") / math.log(2))
+        task.cache.crop(-self.args.positions)
+        return torch.stack(found, dim=1)
+
+    def _answers(self, task: Task) -> int:
+        """Ask for every fact, one token a step, and return how many answers are right."""
+        prompt = task.prompt
+        assert prompt is not None
+        right = 0
+        by_length = sorted(range(len(prompt.questions)), key=lambda i: len(prompt.questions[i]))
+        for length, group in itertools.groupby(by_length, key=lambda i: len(prompt.questions[i])):
+            members = list(group)
+            task.cache.batch_repeat_interleave(len(members))
+            ids = torch.tensor([prompt.questions[i] for i in members], device=self.model.device)
+            said: list[torch.Tensor] = []
+            for step in range(length + prompt.new_tokens - 1):
+                now = ids[:, step] if step < length else said[-1]
+                logits = self.model(now[:, None], past_key_values=task.cache, use_cache=True).logits[:, -1]
+                if step >= length - 1:
+                    said.append(logits.argmax(-1))
+            for member, tokens in zip(members, torch.stack(said, dim=1).tolist(), strict=True):
+                right += self.loaded.tokenizer.decode(tokens).startswith(prompt.answers[member])
+            task.cache.batch_select_indices(torch.tensor([0], device=self.model.device))
+            task.cache.crop(-(length + prompt.new_tokens - 1))
+        return right
+
+
+def summary(records: Sequence[Record], tokens: int) -> dict[str, Any]:
+    """Return means over the sparse layers: tokens kept and read, and bytes a decoded token, as with a bf16 cache."""
+
+    def mean(name: str) -> float:
+        return round(float(torch.cat([getattr(r, name).flatten() for r in records]).double().mean()), 2)
+
+    half = [dataclasses.replace(r, geometry=dataclasses.replace(r.geometry, dtype=torch.bfloat16)) for r in records]
+    return {
+        "candidates": mean("b0"), "kept": mean("b1_query"), "read": mean("b1_group"), "tail_pages": mean("tail_pages"),
+        "mass": mean("mass"), "bytes": round(sum(r.kv_bytes() for r in half) / tokens),
+        "dense_bytes": round(sum(r.dense_bytes() for r in half) / tokens),
+    }  # fmt: skip
+
+
+def table(data: dict[str, Any]) -> str:
+    """Return the table as markdown: a section a selector, a line a rule."""
+    asked = data["settings"]["facts"] * len(data["settings"]["seeds"])
+    lines = []
+    for selector, rows in data["rows"].items():
+        lines += [
+            f"| selector `{selector}`, rule | bits per byte | against dense | facts of {asked} "
+            "| kept | read | tail | KV bytes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        dense = torch.tensor(rows[DENSE]["bits"], dtype=torch.float64)
+        for name, row in rows.items():
+            bits = torch.tensor(row["bits"], dtype=torch.float64)
+            more = bits - dense
+            error = float(more.std() / len(more) ** 0.5)
+            against = "" if name == DENSE else f"{float(more.mean()):+.4f} ± {error:.4f}"
+            lines.append(
+                f"| {name} | {float(bits.mean()):.4f} | {against} | {row['facts']} "
+                f"| {row['kept']:.0f} | {row['read']:.0f} | {row['tail_pages']:.0f} "
+                f"| {row['bytes'] / row['dense_bytes']:.1%} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def update(path: Path, text: str) -> None:
+    """Put the table between the marks of a document."""
+    old = path.read_text()
+    new, found = re.subn(r"(<!-- quality -->\n).*?(<!-- /quality -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
+    if not found:
+        raise ValueError(f"{path}: no line <!-- quality -->, which the table would follow")
+    path.write_text(new)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, write it down after every rule, and print the table."""
+    parser = argparse.ArgumentParser("quality", description="Pruning rules: quality against bytes read.")
+    parser.add_argument("--json", type=Path, required=True, help="results; rules that it has are not run again")
+    parser.add_argument("--update", type=Path, help="a document with the marks <!-- quality --> and <!-- /quality -->")
+    parser.add_argument("--model", default=None, help="folder or hub name (default: examples/tiny)")
+    parser.add_argument("--selectors", nargs="+", default=["quest", "full"])
+    parser.add_argument("--rules", default="", help="only rules whose name matches this expression")
+    parser.add_argument("--context", type=int, default=8192, help="tokens that are read densely")
+    parser.add_argument("--windows", type=int, default=4, help="texts")
+    parser.add_argument("--positions", type=int, default=128, help="tokens decoded of each text")
+    parser.add_argument("--facts", type=int, default=8, help="planted in a context, and asked for")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="a context with facts for each; the first orders the text"
+    )
+    parser.add_argument("--budget", type=float, default=0.25, help="candidates, as a share of the length")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # tensors of a step are small: threads wait for each other, and for whoever else runs
+    loaded = load_model("tiny" if args.model is None else "hf", args.model)
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "update", "selectors", "rules")}
+    head = {
+        "settings": settings,
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+    }
+    data: dict[str, Any] = json.loads(args.json.read_text()) if args.json.exists() else {**head, "rows": {}}
+    if data["settings"] != settings:
+        print(f"error: {args.json} holds results of other settings: {data['settings']}", file=sys.stderr)
+        return 1
+    for selector in args.selectors:
+        rows = data["rows"].setdefault(selector, {})
+        missing = [(name, rule) for name, rule in rules() if name not in rows and re.search(args.rules, name)]
+        if not missing:
+            continue
+        bench = Bench(loaded, selector, args)
+        for name, rule in missing:
+            rows[name] = bench.run(rule)
+            print(f"{selector}, {name}: {rows[name]['seconds']} s", file=sys.stderr, flush=True)
+            args.json.write_text(json.dumps(data, indent=1) + "\n")
+        bench.handle.detach()
+    text = table(data)
+    print(text)
+    if args.update:
+        update(args.update, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
