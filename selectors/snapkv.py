@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, ops
 
@@ -72,22 +71,14 @@ class SnapKV(Selector):
             return
         last, standing = self._last_queries(q, layer)
         queries, places = last[:, self.window :], standing[:, self.window :]
-        mass = ops.attention_mass(
-            queries, places, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=size, sm_scale=g.sm_scale
-        ).unflatten(1, (g.num_kv_heads, -1))
-        # The window begins at the first of these queries; what stands before it is scored.
-        start = places.masked_fill(places < 0, size).amin(1)[:, None, None]
-        scored = torch.arange(size, device=q.device) < start
-        combined = (mass.mean(2) if self.reduce == "mean" else mass.amax(2)).masked_fill(~scored, 0)
-        padding = self.kernel // 2
-        if self.pool == "max":
-            pooled = F.max_pool1d(combined, self.kernel, 1, padding)
-        else:
-            pooled = F.avg_pool1d(combined, self.kernel, 1, padding)
+        pooled = ops.window_scores(
+            queries, places, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=size, sm_scale=g.sm_scale,
+            kernel=self.kernel, pool=self.pool, reduce=self.reduce,
+        )  # fmt: skip
         seen = torch.zeros(len(places), 1, size + 1, dtype=torch.bool, device=q.device)
         seen.scatter_(-1, places.masked_fill(places < 0, size).unsqueeze(1), True)
         rest = torch.where(seen[..., :size], _WINDOW, _GENERATED)
-        layer.update_state("score", torch.where(scored, pooled, rest))
+        layer.update_state("score", torch.where(pooled == -torch.inf, rest, pooled))
         layer.update_state("queries", last.transpose(1, 2))
         layer.update_state("places", standing.unsqueeze(1).expand(-1, g.num_kv_heads, -1))
 

@@ -136,6 +136,23 @@ def test_decode_runs_what_the_words_say(runs, capfd):
     assert [path.name for path in Path().iterdir()] == ["outputs"]
 
 
+def test_decode_sweeps_pruners_and_budgets(runs):
+    words = ["-m", "pruner=top_p,bounded_top_p", "budget=ada,pyramid", "budget.value=512"]
+    assert main(["decode", *words, "hydra.sweep.dir=sweep"]) == 0
+    assert [(run["pruner"]["name"], run["budget"]["name"], run["budget"]["value"]) for run in runs] == [
+        ("top_p", "ada", 512),
+        ("top_p", "pyramid", 512),
+        ("bounded_top_p", "ada", 512),
+        ("bounded_top_p", "pyramid", 512),
+    ]
+
+
+def test_decode_refuses_bounds_out_of_order_before_it_runs(runs, capsys):
+    assert main(["decode", "pruner=bounded_top_p", "pruner.max_tokens=16"]) != 0
+    assert "max_tokens: expected at least min_tokens=32, got 16" in capsys.readouterr().err
+    assert runs == []
+
+
 def test_decode_reads_the_command_line_of_a_script(runs, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/decode.py", "p=0.85"])
     assert decode() == 0

@@ -12,7 +12,19 @@ from hydra.core.utils import setup_globals
 from omegaconf import DictConfig
 
 from tests.test_registry import BUILTIN
-from twilight import NoPruning, Selector, TopP, UniformBudget, config, resources
+from twilight import (
+    AdaBudget,
+    BoundedTopP,
+    DynamicBudget,
+    NoPruning,
+    PyramidBudget,
+    Selector,
+    Threshold,
+    TopP,
+    UniformBudget,
+    config,
+    resources,
+)
 from twilight.errors import UnknownNameError
 from twilight.overrides import OverrideError, check, expand_budget
 from twilight.registry import PluginWarning
@@ -80,6 +92,24 @@ def test_p_reaches_the_pruner_and_the_pruners_own_wins(site):
 
 
 @pytest.mark.parametrize(
+    ("words", "pruner"),
+    [
+        (["pruner=bounded_top_p", "p=0.8"], BoundedTopP(0.8)),
+        (["pruner=bounded_top_p", "pruner.max_tokens=64"], BoundedTopP(0.95, 32, 64)),
+        (["pruner=bounded_top_p", "pruner.max_tokens=null", "pruner.min_tokens=1"], BoundedTopP(0.95, 1, None)),
+        (
+            ["pruner=bounded_top_p", "pruner.tail=page_mean", "pruner.tail_type=native"],
+            BoundedTopP(0.95, tail="page_mean", tail_type="native"),
+        ),
+        (["pruner=threshold", "pruner.share=0.1", "pruner.tail=mean"], Threshold(0.1, tail="mean")),
+        (["pruner=threshold", "pruner.share=0", "pruner.weight=0.002"], Threshold(0.0, 0.002)),
+    ],
+)
+def test_a_pruners_fields_are_typed_options(site, words, pruner):
+    assert config.build_pruner(one(*words)) == pruner
+
+
+@pytest.mark.parametrize(
     ("words", "budget"),
     [
         (["budget=1024"], UniformBudget(1024, 64)),
@@ -90,6 +120,10 @@ def test_p_reaches_the_pruner_and_the_pruners_own_wins(site):
         (["budget=fixed"], UniformBudget(1024, 1)),
         (["budget=fixed", "budget.value=2048"], UniformBudget(2048, 1)),
         (["budget=fraction", "budget.min_tokens=8"], UniformBudget(0.25, 8)),
+        (["budget=pyramid"], PyramidBudget(0.25, 64)),
+        (["budget=pyramid", "budget.value=512", "budget.beta=10"], PyramidBudget(512, 64, beta=10)),
+        (["budget=ada", "budget.alpha=0.5", "budget.window=16"], AdaBudget(0.25, 64, window=16, alpha=0.5)),
+        (["budget=dynamic", "budget.value=0.5"], DynamicBudget(0.5, 64)),
     ],
 )
 def test_a_budget_is_tokens_or_a_fraction(site, words, budget):
@@ -116,7 +150,7 @@ def test_a_selector_that_went_is_no_choice_any_more(site):
 
 WRONG = [
     ("selector=qest", "no selector 'qest'. Did you mean 'quest'?", "twilight plugins list"),
-    ("budget=fixd", "no budget 'fixd'. Did you mean 'fixed'?", "installed: fixed, fraction"),
+    ("budget=fixd", "no budget 'fixd'. Did you mean 'fixed'?", "installed: ada, dynamic, fixed, fraction, pyramid"),
     ("pruner=topp", "no pruner 'topp'. Did you mean 'top_p'?", "twilight decode --help"),
     ("model=hff", "no model 'hff'. Did you mean 'hf'?", "hf, tiny"),
     ("pp=0.9", "no option 'pp'. Did you mean 'p'?", "options: p, selector, budget, pruner, model, task"),
@@ -128,6 +162,10 @@ WRONG = [
     ("p=0", "p: expected a float in (0, 1], got 0.0", ""),
     ("p=much", "p=much: Value 'much' of type 'str' could not be converted to Float", ""),
     ("budget=0", "budget: expected at least 1, got 0", ""),
+    ("budget=pyramide", "no budget 'pyramide'. Did you mean 'pyramid'?", "installed: ada, dynamic, fixed, fraction"),
+    ("budget.beta=3", "no option 'budget.beta'.", "options: budget.name, budget.value, budget.min_tokens"),
+    ("pruner=bounded", "no pruner 'bounded'. Did you mean 'bounded_top_p'?", "none, threshold, top_p"),
+    ("pruner.max_tokens=9", "no option 'pruner.max_tokens'.", "options: pruner.name, pruner.p"),
     ("budget=2.5", "budget: expected an int of tokens or a fraction", ""),
     ("budget.value=all", "budget.value=all: Value 'all' of type 'str' is incompatible", ""),
     ("task.seed=x", "task.seed=x: Value 'x' of type 'str' could not be converted to Integer", ""),

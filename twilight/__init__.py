@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from twilight import ops
 from twilight.attention import TwilightAttention
 from twilight.budget import Budget, UniformBudget
+from twilight.budgets import AdaBudget, DynamicBudget, PyramidBudget
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.errors import OutOfPagesError, TwilightError
 from twilight.geometry import Geometry
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaBudget",
     "BoundedTopP",
     "Budget",
+    "DynamicBudget",
     "Geometry",
     "LayerCache",
     "MetadataSpec",
@@ -35,6 +38,7 @@ __all__ = [
     "PageRanking",
     "PagedKVCache",
     "Pruner",
+    "PyramidBudget",
     "Selection",
     "Selector",
     "StateSpec",

@@ -87,7 +87,7 @@ class TwilightAttention:
         """Do the rest of `decode` for tokens that have been appended already."""
         if self.is_dense(layer):
             self.stats.dense(layer)
-            self.selector.observe(q.unsqueeze(1), layer)
+            self.observe(q.unsqueeze(1), layer)
             return attend_densely(q, layer)
 
         step = self._one_launch(q, layer)
@@ -116,6 +116,11 @@ class TwilightAttention:
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
         out, lse = ops.sparse_attention(q, *pages, kept.selection, tail=kept.tail, sm_scale=scale)
         return self.selector.finish(q, layer, kept.selection, out, lse)
+
+    def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
+        """Show the selector and the budget's policy tokens that are attended to densely; see `Selector.observe`."""
+        self.selector.observe(q, layer)
+        self.budget.observe(q, layer)
 
     def _one_launch(self, q: torch.Tensor, layer: LayerCache) -> FusedDecode | None:
         """Do all stages in one kernel, where there is one for what the selector and the pruner do."""
@@ -154,10 +159,15 @@ class TwilightAttention:
                 f"layer: its cache was made for {layer.selector!r}, this attention selects with {self.selector!r}\n"
                 "  make it with PagedKVCache(..., selector=attention.selector)"
             )
-        if not set(self.pruner.metadata(layer.geometry)) <= set(layer.pruner_specs):
+        if not set(self.pruner.metadata(g)) <= set(layer.pruner_specs):
             raise ValueError(
                 f"layer: its cache keeps nothing for {self.pruner!r}\n"
                 "  make it with PagedKVCache(..., pruner=attention.pruner)"
+            )
+        if not set(self.budget.state(g)) <= set(layer.budget_specs):
+            raise ValueError(
+                f"layer: its cache keeps nothing for {self.budget!r}\n"
+                "  make it with PagedKVCache(..., budget=attention.budget)"
             )
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from twilight import ops
 from twilight.checks import check_positive
+
+if TYPE_CHECKING:
+    from twilight.cache import LayerCache
+    from twilight.geometry import Geometry
+    from twilight.selector import StateSpec
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,10 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class UniformBudget:
-    """The same budget for every layer and kv head.
+    """The same budget for every layer and kv head, and the class that other policies subclass.
+
+    A policy is given what it makes of `value` for everybody, once a step, and may change it layer by layer in
+    `for_layer`. Like a selector it may keep state for rows, and observe prompts to fill it.
 
     Attributes:
         value: an int of tokens, or a float in (0, 1] that is a fraction of the current length. 1 is one token, 1.0 is
@@ -79,9 +88,29 @@ class UniformBudget:
         tokens, pages = ops.budget(seq_lens, num_kv_heads, self.value, min_tokens=self.min_tokens, page_size=page_size)
         return Budget(tokens, max(1, min(capacity, max_seq_len)), {page_size: pages})
 
-    def _identity(self) -> tuple[type, int | float, int]:
-        # With its type: a budget of 1 is one token, a budget of 1.0 is all of them, and 1 == 1.0.
-        return type(self.value), self.value, self.min_tokens
+    def for_layer(self, mean: Budget, layer: LayerCache) -> Budget:
+        """Return a layer's budget; `mean` as it comes, by default.
+
+        Args:
+            mean: what `resolve` gives every layer and kv head at this step.
+            layer: the layer's cache, with the state that was asked for.
+        """
+        return mean
+
+    def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
+        """Return the tensors to be kept for each row, as `Selector.state` does; none by default.
+
+        Their names must not be a selector's.
+        """
+        return ()
+
+    def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
+        """See tokens that are attended to densely, as `Selector.observe` does."""
+
+    def _identity(self) -> tuple[Any, ...]:
+        # With types: a budget of 1 is one token, a budget of 1.0 is all of them, and 1 == 1.0.
+        values = [getattr(self, field.name) for field in fields(self)]
+        return type(self), *((type(value), value) for value in values)
 
     def __eq__(self, other: object) -> bool:
         return self._identity() == other._identity() if isinstance(other, UniformBudget) else NotImplemented

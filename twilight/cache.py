@@ -38,7 +38,7 @@ class LayerCache:
         self.index = index
         self.dense = dense
         self._step = 0
-        self._state = RowState(self.state_specs, cache.geometry, cache.num_rows)
+        self._state = RowState((*self.state_specs, *self.budget_specs), cache.geometry, cache.num_rows)
         self._allocate(0, cache.table.num_pages + 1)
 
     def _allocate(self, used: int, pages: int) -> None:
@@ -112,6 +112,11 @@ class LayerCache:
         return () if self.dense else self._cache.state_specs
 
     @property
+    def budget_specs(self) -> tuple[StateSpec, ...]:
+        """What the cache keeps for each row for a budget policy."""
+        return () if self.dense else self._cache.budget_specs
+
+    @property
     def pruner_specs(self) -> tuple[MetadataSpec, ...]:
         """The metadata that the cache keeps for a pruner."""
         return () if self.dense else self._cache.pruner_specs
@@ -147,8 +152,8 @@ class LayerCache:
         return self._cache.capacity
 
     def budget(self, policy: UniformBudget) -> Budget:
-        """Return what `policy` gives each sequence and kv head now. All layers of a step share it."""
-        return self._cache._budget(policy)
+        """Return what `policy` gives each sequence and kv head of this layer now."""
+        return policy.for_layer(self._cache._budget(policy), self)
 
     def metadata(self, name: str) -> torch.Tensor:
         """Return a tensor that selector or pruner declared: `[pages, Hkv, *shape]`, or `[pages, Hkv, P, *shape]`."""
@@ -266,6 +271,7 @@ class PagedKVCache:
         num_pages: pages to begin with.
         selector: whose metadata is kept beside the keys, and whose state beside the rows.
         pruner: whose metadata is kept beside the values.
+        budget: whose state is kept beside the rows.
         growable: double the pool when it is full instead of raising `OutOfPagesError`.
         max_pages: a bound that a growable pool keeps.
         dense_layers: the model's numbers of further layers, which are only attended to densely. They share the page
@@ -280,6 +286,7 @@ class PagedKVCache:
         num_pages: int,
         selector: Selector | None = None,
         pruner: Pruner | None = None,
+        budget: UniformBudget | None = None,
         growable: bool = False,
         max_pages: int | None = None,
         dense_layers: Sequence[int] = (),
@@ -292,6 +299,7 @@ class PagedKVCache:
         self.selector.prepare(geometry)
         self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
         self.state_specs: tuple[StateSpec, ...] = self.selector.state(geometry)
+        self.budget_specs: tuple[StateSpec, ...] = () if budget is None else budget.state(geometry)
         self.pruner = pruner if pruner is not None else Pruner()
         self.pruner_specs: tuple[MetadataSpec, ...] = self.pruner.metadata(geometry)
         taken = {spec.name for spec in self.specs} & {spec.name for spec in self.pruner_specs}

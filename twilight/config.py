@@ -15,6 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from twilight import parameters
 from twilight.budget import UniformBudget
+from twilight.budgets import POLICIES
 from twilight.errors import unknown_name
 from twilight.pruner import PRUNERS, Pruner
 from twilight.registry import provider_name, registry
@@ -22,14 +23,6 @@ from twilight.selector import Selector
 
 CONFIG_NAME = "config"
 PROVIDER = "twilight-attn"
-
-
-@dataclass
-class BudgetConfig:
-    """Types of the group ``budget``; see `UniformBudget`."""
-
-    value: int | float = MISSING
-    min_tokens: int = MISSING
 
 
 @dataclass
@@ -93,7 +86,8 @@ def setup() -> None:
 
     # Without a group, so that they are no one's choice in `--help` and `glob(*)`.
     add("twilight", RootConfig)
-    add("twilight_budget", BudgetConfig)
+    for name, policy in POLICIES.items():
+        add(f"twilight_budget_{name}", parameters.config_node(policy, name))
     add("twilight_model", ModelConfig)
     add("twilight_decode", DecodeConfig)
     for name, pruner in PRUNERS.items():
@@ -155,7 +149,11 @@ def build_pruner(cfg: DictConfig) -> Pruner:
 
 def build_budget(cfg: DictConfig) -> UniformBudget:
     """Return the policy that ``cfg.budget`` describes."""
-    return UniformBudget(**_values(cfg, "budget"))
+    values = _values(cfg, "budget")
+    name = values.pop("name")
+    if name not in POLICIES:
+        raise unknown_name("budget", name, list(POLICIES), see="twilight decode --help")
+    return parameters.create(POLICIES[name], f"budget '{name}'", values, see="twilight decode --help")
 
 
 def _values(cfg: DictConfig, group: str) -> dict[str, Any]:

@@ -71,8 +71,8 @@ class StaticLayer:
         )  # fmt: skip
 
     def budget(self, policy: UniformBudget) -> Budget:
-        """Return what `policy` gives each row at this step. All layers of a step share it."""
-        return self._static._budget(policy)
+        """Return what `policy` gives each row of this layer at this step."""
+        return policy.for_layer(self._static._budget(policy), self)  # type: ignore[arg-type]
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
         """Add tokens, as `LayerCache.append` does; by default one to every active row, which can be captured."""

@@ -78,9 +78,7 @@ class Handle:
         """Return an empty cache for ``generate(..., past_key_values=...)``; one for each batch of sequences."""
         own = DynamicCache(config=self._config).layers
         attention = self.attention
-        return TwilightCache(
-            own, self._geometry.layer_ids, self._geometry, attention.selector, attention.pruner, self._announce
-        )
+        return TwilightCache(own, self._geometry.layer_ids, self._geometry, attention, self._announce)
 
     def stats(self) -> Stats:
         """Return what the sparse layers read since the handle was made, or since ``stats().clear()``."""
@@ -165,7 +163,7 @@ class Handle:
             out, _ = self.attention.attend(query[:, :, 0], pages)
             return out.unsqueeze(1), None
         seen = cache.compact(query)
-        self.attention.selector.observe(seen.transpose(1, 2), pages)
+        self.attention.observe(seen.transpose(1, 2), pages)
         if steps > 1 and layer.columns == steps:
             # The first chunk of a prompt: everything there is to attend to has just been handed over.
             return self._sdpa(module, query, key, value, self._mask_4d(mask, query, key), scaling, **kwargs)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from twilight.attention import TwilightAttention
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.geometry import Geometry
-from twilight.pruner import Pruner
-from twilight.selector import Selector
 
 # transformers 5 calls crop with minus the tokens to remove, 4.57 with the length to keep (or minus the tokens).
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
@@ -89,7 +88,7 @@ class TwilightCache(Cache):
         layers: transformers' own layer caches, one a layer; those named in `sparse` are replaced.
         sparse: numbers of the layers that attend sparsely.
         geometry: sizes; type and device are taken from the first keys that arrive.
-        selector, pruner: whose metadata is kept.
+        attention: selector, pruner and budget, whose metadata and state are kept.
         announce: called with each layer that is about to attend, and its new keys.
     """
 
@@ -98,13 +97,11 @@ class TwilightCache(Cache):
         layers: Sequence[Any],
         sparse: Sequence[int],
         geometry: Geometry,
-        selector: Selector,
-        pruner: Pruner,
+        attention: TwilightAttention,
         announce: Callable[[TwilightLayer, torch.Tensor], None],
     ) -> None:
         self._geometry = geometry
-        self._selector = selector
-        self._pruner = pruner
+        self._attention = attention
         self._first = min(sparse, default=0)
         self._slots = {index: slot for slot, index in enumerate(sparse)}
         self.announce = announce
@@ -206,8 +203,15 @@ class TwilightCache(Cache):
             geometry = replace(self._geometry, dtype=k.dtype, device=k.device)
             # Room for the prompt and a page a row to go on with; the pool doubles from there.
             pages = rows * (-(-new // geometry.page_size) + 1)
+            attention = self._attention
             self.paged = PagedKVCache(
-                geometry, num_rows=rows, num_pages=pages, selector=self._selector, pruner=self._pruner, growable=True
+                geometry,
+                num_rows=rows,
+                num_pages=pages,
+                selector=attention.selector,
+                pruner=attention.pruner,
+                budget=attention.budget,
+                growable=True,
             )
             self.real = torch.empty(rows, 0, dtype=torch.bool)
         elif self.paged.num_rows != rows:

@@ -19,6 +19,7 @@ from twilight.ops.tail import MeanValues, Tail, mean_tail, page_tail
 from twilight.ops.threshold import threshold
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import keep_all, top_p
+from twilight.ops.window_scores import window, window_scores
 
 __all__ = [
     "MeanValues",
@@ -51,4 +52,6 @@ __all__ = [
     "threshold",
     "top_k",
     "top_p",
+    "window",
+    "window_scores",
 ]
