@@ -66,7 +66,9 @@ class Cell:
         """K and V of a layer."""
         return self.tokens * self.token_bytes
 
-    def stage_bytes(self, metadata: float, candidates: float, read: float, *, estimates: bool) -> dict[str, float]:
+    def stage_bytes(
+        self, metadata: float, candidates: float, read: float, *, estimates: bool, tail: float = 0.0
+    ) -> dict[str, float]:
         """Return the bytes that each stage of a step cannot avoid.
 
         Args:
@@ -74,12 +76,13 @@ class Cell:
             candidates: tokens a kv head, B0.
             read: tokens a kv head that attention reads, the group's union.
             estimates: whether candidates are scored at all.
+            tail: bytes a kv head of the page means that attention reads.
         """
         heads = self.batch * self.kv_heads
         return {
             "select": heads * self.length * metadata,
             "estimate": heads * candidates * self.shadow_token_bytes if estimates else 0.0,
-            "attend": heads * read * self.token_bytes,
+            "attend": heads * (read * self.token_bytes + tail),
         }
 
     def layer_bytes(self, metadata: float = _QUEST_BYTES) -> float:

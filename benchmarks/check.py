@@ -6,6 +6,7 @@ import torch
 
 from twilight import Selection, TwilightAttention, ops
 from twilight.graph import StaticCache
+from twilight.ops.tail import Tail
 from twilight.ops.top_p import Pruned
 
 from .workload import layers_of
@@ -51,6 +52,7 @@ def check_step(
     out = attention.attend(q, layer)[0][first]
     expected = ops.sparse_attention(
         q[first], layer.k_pages, layer.v_pages, table, lens, selection,
+        tail=None if kept.tail is None else Tail(_first_row(kept.tail.pages), kept.tail.means),
         sm_scale=static.geometry.sm_scale, backend="torch",
     )[0]  # fmt: skip
     error = check_close(out, expected, what)
@@ -68,4 +70,5 @@ def _first_row(selection: Selection) -> Selection:
     part = Selection(
         selection.indices[:1, :, :longest].contiguous(), selection.lengths[:1].contiguous(), selection.granularity
     )
-    return Selection(part.indices.masked_fill(~part.counted(), 0), part.lengths, part.granularity)
+    weight = None if selection.log_weight is None else selection.log_weight[:1, :, :longest].contiguous()
+    return Selection(part.indices.masked_fill(~part.counted(), 0), part.lengths, part.granularity, weight)

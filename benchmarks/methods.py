@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from twilight import Budget, NoPruning, Selection, Selector, TopP, TwilightAttention, ops, resources
+from twilight import BoundedTopP, Budget, NoPruning, Selection, Selector, TopP, TwilightAttention, ops, resources
 from twilight.calibration import save_channels
 from twilight.graph import StaticCache
 from twilight.ops.top_p import Pruned
@@ -73,6 +73,8 @@ def methods(work: Workload, quest: Selector, p: float) -> Iterator[Method]:
     """Yield the rows. `quest` is the selector that the cache keeps metadata of at first."""
     yield Method(TOP_K, TwilightAttention(quest, NoPruning(), 0.125))
     yield Method(QUEST, TwilightAttention(quest, TopP(p), 0.25))
+    yield Method("quest + bounded top-p", TwilightAttention(quest, BoundedTopP(p), 0.25))
+    yield Method("quest + bounded top-p + tail", TwilightAttention(quest, BoundedTopP(p, tail="page_mean"), 0.25))
     yield Method("full + top-p", TwilightAttention(make("full"), TopP(p), 1.0))
     if built_in("block_mean") is not None:
         yield Method("block_mean + top-p", TwilightAttention(make("block_mean"), TopP(p), 0.25))
@@ -95,7 +97,7 @@ class Stages:
     """
 
     def __init__(self, method: Method, work: Workload, static: StaticCache) -> None:
-        use_selector(work.cache, method.attention.selector)
+        use_selector(work.cache, method.attention.selector, method.attention.pruner)
         self.attention = method.attention
         self.layers = layers_of(static)
         self.queries = work.queries
@@ -142,9 +144,12 @@ class Stages:
         counts = [kept.per_query_head.flatten() for kept in self.kept if kept.per_query_head is not None]
         heads = torch.cat(counts).float() if counts else read
         candidates = statistics.mean(float(num_tokens(c, lens).float().mean()) for c in self.candidates)
+        tails = [kept.tail for kept in self.kept if kept.tail is not None]
+        pages = statistics.mean(float(tail.pages.lengths.float().mean()) for tail in tails) if tails else 0.0
         return {
             "candidates": candidates, "query_head": spread(heads), "union": spread(read),
-            "target_union": length / UNION,
+            "target_union": length / UNION, "tail_pages": pages,
+            "tail_bytes": pages * tails[0].means.bytes_per_page if tails else 0.0,
         }  # fmt: skip
 
 
@@ -165,7 +170,7 @@ def measure_method(method: Method, work: Workload, static: StaticCache, cell: Ce
     row["budgets"] = budgets = stages.budgets(work.length)
     row["bytes"] = cell.stage_bytes(
         method.attention.selector.bytes_per_token(static.geometry), budgets["candidates"], budgets["union"]["mean"],
-        estimates=stages.prunes,
+        estimates=stages.prunes, tail=budgets["tail_bytes"],
     )  # fmt: skip
     row["check"] = check_step(method.attention, static, work.queries[0], stages.kept[0], method.name)
     row |= whole_steps(method.attention, static, work.queries, repeats)

@@ -27,6 +27,8 @@ COLUMNS = ("select", "estimate", "prune", "attend", "total", "append", "decode")
 QUEST, TOP_K = "quest + top-p", "quest top-k, N/8"
 _LABELS = {
     QUEST: "Quest + top-p", TOP_K: "Quest top-k, N/8", "full + top-p": "full + top-p",
+    "quest + bounded top-p": "Quest + bounded top-p",
+    "quest + bounded top-p + tail": "Quest + bounded top-p, page tail",
     "block_mean + top-p": "block mean + top-p", "double_sparsity + top-p": "Double Sparsity + top-p",
 }  # fmt: skip
 _BLOCK = re.compile(r"(<!-- bench:(\S+) (\S+)((?: \S+)*) -->\n).*?(<!-- /bench -->)", flags=re.S)

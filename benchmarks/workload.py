@@ -30,7 +30,7 @@ from typing import cast
 
 import torch
 
-from twilight import Geometry, LayerCache, PagedKVCache, Selector, ops
+from twilight import Geometry, LayerCache, PagedKVCache, Pruner, Selector, ops
 from twilight.graph import StaticCache
 from twilight.ops.quantize import split_shadow
 
@@ -80,23 +80,16 @@ def make_cache(
     return cache
 
 
-def use_selector(cache: PagedKVCache, selector: Selector) -> None:
-    """Keep another selector's metadata beside the same keys, computed from them, instead of the one before."""
-    if cache.selector is selector:
+def use_selector(cache: PagedKVCache, selector: Selector, pruner: Pruner | None = None) -> None:
+    """Keep the metadata of others beside the same keys and values, computed from them, instead of those before."""
+    pruner = Pruner() if pruner is None else pruner
+    if cache.selector is selector and cache.pruner_specs == pruner.metadata(cache.geometry):
         return
-    g = cache.geometry
-    selector.prepare(g)
-    cache.selector, cache.specs = selector, selector.metadata(g)
+    cache._keep_for(selector, pruner)
     for layer in cache.layers:
         layer._metadata = {}
     for layer in cache.layers:
-        shape = (len(layer.k_pages), g.num_kv_heads)
-        layer._metadata = {
-            spec.name: torch.zeros(
-                *shape, *((g.page_size,) if spec.per == "token" else ()), *spec.shape, dtype=spec.dtype, device=g.device
-            )
-            for spec in cache.specs
-        }
+        layer._allocate_metadata({}, 0, len(layer.k_pages))
         _summarize(layer)
 
 

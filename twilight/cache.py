@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,24 +43,29 @@ class LayerCache:
 
     def _allocate(self, used: int, pages: int) -> None:
         """Make room for `pages` pages, keeping the first `used`."""
-        geometry = self.geometry
-        heads, size, dim = geometry.num_kv_heads, geometry.page_size, geometry.head_dim
-
-        def buffer(old: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            # Zeros, not empty: a masked slot is multiplied by a weight of 0, and 0 times a stray NaN is NaN.
-            new = torch.zeros((pages, heads, *shape), dtype=dtype, device=geometry.device)
-            if old is not None:
-                new[:used] = old[:used]
-            return new
-
-        self.k_pages = buffer(getattr(self, "k_pages", None), (size, dim), geometry.dtype)
-        self.v_pages = buffer(getattr(self, "v_pages", None), (size, dim), geometry.dtype)
+        geometry, before = self.geometry, vars(self).get
+        size, dim = geometry.page_size, geometry.head_dim
+        self.k_pages = self._buffer(before("k_pages"), used, pages, (size, dim), geometry.dtype)
+        self.v_pages = self._buffer(before("v_pages"), used, pages, (size, dim), geometry.dtype)
         shadow = 0 if self.dense else shadow_bytes(size, dim)
-        self.shadow = buffer(getattr(self, "shadow", None), (shadow,), torch.uint8)
-        old = getattr(self, "_metadata", {})
+        self.shadow = self._buffer(before("shadow"), used, pages, (shadow,), torch.uint8)
+        self._allocate_metadata(before("_metadata", {}), used, pages)
+
+    def _buffer(
+        self, old: torch.Tensor | None, used: int, pages: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        # Zeros, not empty: a masked slot is multiplied by a weight of 0, and 0 times a stray NaN is NaN.
+        geometry = self.geometry
+        new = torch.zeros((pages, geometry.num_kv_heads, *shape), dtype=dtype, device=geometry.device)
+        if old is not None:
+            new[:used] = old[:used]
+        return new
+
+    def _allocate_metadata(self, old: Mapping[str, torch.Tensor], used: int, pages: int) -> None:
+        size = self.geometry.page_size
         self._metadata = {
-            spec.name: buffer(
-                old.get(spec.name), (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
+            spec.name: self._buffer(
+                old.get(spec.name), used, pages, (size, *spec.shape) if spec.per == "token" else spec.shape, spec.dtype
             )
             for spec in (*self.specs, *self.pruner_specs)
         }
@@ -295,27 +300,9 @@ class PagedKVCache:
         if twice:
             raise ValueError(f"dense_layers: layers {twice} are among the geometry's layer_ids already")
         self.geometry = geometry
-        self.selector = selector if selector is not None else Selector()
-        self.selector.prepare(geometry)
-        self.specs: tuple[MetadataSpec, ...] = self.selector.metadata(geometry)
+        self._keep_for(Selector() if selector is None else selector, Pruner() if pruner is None else pruner)
         self.state_specs: tuple[StateSpec, ...] = self.selector.state(geometry)
         self.budget_specs: tuple[StateSpec, ...] = () if budget is None else budget.state(geometry)
-        self.pruner = pruner if pruner is not None else Pruner()
-        self.pruner_specs: tuple[MetadataSpec, ...] = self.pruner.metadata(geometry)
-        taken = {spec.name for spec in self.specs} & {spec.name for spec in self.pruner_specs}
-        if taken:
-            raise ValueError(
-                f"pruner: keeps metadata called '{min(taken)}', and so does the selector '{self.selector.name}'"
-            )
-        # One launch keeps one rule; what else there is, the selector summarises.
-        rule = next((spec.rule for spec in self.specs if spec.rule != "summarize"), None)
-        self._kept = tuple(spec for spec in self.specs if spec.rule == rule)
-        self._kept_values = tuple(spec for spec in self.pruner_specs if spec.rule == "mean")
-        others = {spec.rule for spec in self.pruner_specs} - {"summarize", "mean"}
-        if others:
-            raise ValueError(f"pruner: its metadata may have the rule 'summarize' or 'mean', got {min(others)!r}")
-        kept = (*self._kept, *self._kept_values)
-        self._summarized = tuple(spec.name for spec in (*self.specs, *self.pruner_specs) if spec not in kept)
         self.table = PageTable(num_pages, geometry.page_size, num_rows)
         self._growable = growable
         self._max_pages = None if max_pages is None else check_positive("max_pages", max_pages)
@@ -326,6 +313,27 @@ class PagedKVCache:
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
         self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
+
+    def _keep_for(self, selector: Selector, pruner: Pruner) -> None:
+        """Say whose metadata layers keep; those that there are allocate it anew."""
+        selector.prepare(self.geometry)
+        specs, pruner_specs = selector.metadata(self.geometry), pruner.metadata(self.geometry)
+        taken = {spec.name for spec in specs} & {spec.name for spec in pruner_specs}
+        if taken:
+            raise ValueError(
+                f"pruner: keeps metadata called '{min(taken)}', and so does the selector '{selector.name}'"
+            )
+        others = {spec.rule for spec in pruner_specs} - {"summarize", "mean"}
+        if others:
+            raise ValueError(f"pruner: its metadata may have the rule 'summarize' or 'mean', got {min(others)!r}")
+        self.selector, self.specs = selector, specs
+        self.pruner, self.pruner_specs = pruner, pruner_specs
+        # One launch keeps one rule of the keys; what else there is, the selector summarises.
+        rule = next((spec.rule for spec in specs if spec.rule != "summarize"), None)
+        self._kept = tuple(spec for spec in specs if spec.rule == rule)
+        self._kept_values = tuple(spec for spec in pruner_specs if spec.rule == "mean")
+        kept = (*self._kept, *self._kept_values)
+        self._summarized = tuple(spec.name for spec in (*specs, *pruner_specs) if spec not in kept)
 
     @property
     def num_rows(self) -> int:

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from twilight import Geometry, Selection, TopP, TwilightAttention
+from twilight import BoundedTopP, Geometry, Selection, TopP, TwilightAttention
 from twilight.benchmarks import methods as rows
 from twilight.benchmarks.cells import Cell
 from twilight.benchmarks.check import WrongOutput, check_step
@@ -30,7 +30,10 @@ def static(work):
 
 def test_the_rows_are_those_of_the_paper_and_the_selectors_there_are(work, monkeypatch):
     found = {method.name: method.attention for method in methods(work, work.cache.selector, 0.8)}
-    expected = ["quest top-k, N/8", "quest + top-p", "full + top-p", "block_mean + top-p", "double_sparsity + top-p"]
+    expected = [
+        "quest top-k, N/8", "quest + top-p", "quest + bounded top-p", "quest + bounded top-p + tail", "full + top-p",
+        "block_mean + top-p", "double_sparsity + top-p",
+    ]  # fmt: skip
     assert list(found) == [name for name in expected if "block_mean" not in name or rows.built_in("block_mean")]
     assert found["quest top-k, N/8"].budget.value == 0.125
     assert not found["quest top-k, N/8"].pruner.needs_logits
@@ -80,9 +83,24 @@ def test_a_row_has_times_bytes_budgets_and_a_check(work, static):
     assert row["bytes"]["select"] == 3 * 2 * LENGTH / 16 * 68
     assert row["bytes"]["estimate"] == 3 * 2 * 64 * 20
     assert row["bytes"]["attend"] == pytest.approx(3 * 2 * union * 128)
+    assert row["budgets"]["tail_pages"] == 0
     assert row["check"]["error_to_reference"] < 1e-5
     assert row["check"]["true_mass_kept_min"] <= row["check"]["true_mass_kept"] <= 1.00001
     assert row["ran_dense"] is False
+
+
+def test_a_tail_is_checked_and_its_bytes_are_counted(work, static):
+    cell = Cell(3, LENGTH, 8, 2, 32)
+    pruner = BoundedTopP(0.5, 1, 4, tail="page_mean")
+    attention = TwilightAttention(work.cache.selector, pruner, 0.25)
+    row = measure_method(Method("x", attention), work, static, cell, repeats=1)
+    assert row["budgets"]["tail_pages"] == 4  # all candidate pages: 64 tokens
+    # 32 codes and two halves a page, beside K and V of what is kept.
+    union = row["budgets"]["union"]["mean"]
+    assert row["bytes"]["attend"] == pytest.approx(3 * 2 * (union * 128 + 4 * 36))
+    assert row["check"]["error_to_reference"] < 1e-5
+    plain = measure_method(Method("y", TwilightAttention(work.cache.selector, TopP(0.5))), work, static, cell, 1)
+    assert plain["budgets"]["tail_bytes"] == 0 and work.cache.pruner_specs == ()
 
 
 def test_whole_steps_leave_the_lengths_and_append_in_place(work, static):
