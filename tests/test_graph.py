@@ -9,15 +9,20 @@ import pytest
 import torch
 
 from twilight import (
+    AdaBudget,
+    BoundedTopP,
     Budget,
     Geometry,
     MetadataSpec,
     NoPruning,
     PagedKVCache,
+    PyramidBudget,
     Selection,
     Selector,
+    Threshold,
     TopP,
     TwilightAttention,
+    UniformBudget,
     kernels,
 )
 from twilight.graph import DecodeGraph, StaticCache
@@ -239,3 +244,46 @@ def test_what_selectors_keep_is_replayed_bit_for_bit(device, name, options):
     for spec in statics[0].layers[0].state_specs:
         for one, other in zip(statics[0].layers, statics[1].layers, strict=True):
             assert one.state(spec.name).equal(other.state(spec.name))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("selector", ["quest", "oracle_topk", "full"])  # candidates are pages, tokens, everything
+@pytest.mark.parametrize(
+    ("pruner", "budget"),
+    [
+        (BoundedTopP(0.8, 8, 40), UniformBudget(0.5)),
+        (BoundedTopP(0.8, 8, 40, tail="page_mean"), UniformBudget(0.5)),
+        (BoundedTopP(0.8, 8, None, tail="mean", tail_type="native"), PyramidBudget(0.3, 16)),
+        (Threshold(0.05, tail="page_mean", tail_type="native"), AdaBudget(0.3, 16, window=8)),
+    ],
+    ids=["bounds", "page_mean", "mean, pyramid", "threshold, ada"],
+)
+def test_pruners_and_policies_are_replayed_bit_for_bit(device, selector, pruner, budget):
+    chosen, lengths, steps = create_selector(selector), [200, 0, 31], 20
+    geometry = Geometry(3, 8, 2, 128, dtype=torch.bfloat16, device=torch.device(device))
+    attention = TwilightAttention(chosen, pruner, budget)
+    generator = torch.Generator(device).manual_seed(0)
+    prompt = torch.randn(3, 2, 3, max(lengths), 2, 128, generator=generator, device=device).bfloat16()
+    seen = torch.randn(3, 3, max(lengths), 8, 128, generator=generator, device=device).bfloat16()
+    statics = []
+    for _ in range(2):
+        cache = PagedKVCache(geometry, num_rows=3, num_pages=100, selector=chosen, pruner=pruner, budget=budget)
+        for layer in range(3):
+            cache.layers[layer].append(*prompt[layer], lengths)
+            attention.observe(seen[layer], cache.layers[layer])
+        statics.append(StaticCache(cache, 240))
+        statics[-1].set_active([0, 2])
+    q, k, v = step_inputs(cache, steps)
+    here = [torch.empty_like(part[0]) for part in (q, k, v)]
+
+    def step(static):
+        return [attention.decode(here[0][i], here[1][i], here[2][i], static.layers[i]) for i in range(3)]
+
+    graph = DecodeGraph(statics[1], lambda: step(statics[1]))
+    for i in range(steps):
+        for part, source in zip(here, (q, k, v), strict=True):
+            part.copy_(source[i])
+        want, have = step(statics[0]), graph.replay()
+        for (out, lse), (expected, expected_lse) in zip(have, want, strict=True):
+            assert out[[0, 2]].equal(expected[[0, 2]]) and lse[[0, 2]].equal(expected_lse[[0, 2]])
+            assert out[[0, 2]].isfinite().all()

@@ -136,7 +136,7 @@ def _totals(result: dict[str, Any]) -> Table:
     extra = memory["shadow"] + memory["metadata"] + memory["state"]
     table.add_row(
         "memory beside K and V",
-        f"{_mb(memory['shadow'])} 4-bit keys, {_mb(memory['metadata'] + memory['state'])} selector, "
+        f"{_mb(memory['shadow'])} 4-bit keys, {_mb(memory['metadata'] + memory['state'])} metadata, "
         f"{100 * extra / memory['kv']:.1f} % of {_mb(memory['kv'])} K and V (pool of the sparse layers)",
     )
     if result["device"] == "cpu":

@@ -18,7 +18,7 @@ from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
 from twilight.ops.tail import MeanValues, Tail, mean_tail, page_tail
 from twilight.ops.threshold import threshold
 from twilight.ops.top_k import top_k
-from twilight.ops.top_p import keep_all, top_p
+from twilight.ops.top_p import join_group, keep_all, top_p
 from twilight.ops.window_scores import window, window_scores
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "estimate_scores",
     "exact_logits",
     "fused_decode",
+    "join_group",
     "keep_all",
     "key_labels",
     "label_scores",
