@@ -7,7 +7,7 @@
 //
 // A sum of floats depends on its order. For means a lane therefore holds d / 32 channels of every token, and adds the page's tokens slot after
 // slot: old ones from the page, new ones from the input, which it reads a second time (from L2). The mean of the values, which a
-// pruner's tail is made of, is kept the same way beside any summary of the keys (V).
+// pruner's tail is made of, is kept the same way beside any summary of the keys (kValueMean).
 // Floor: a new token and kv head reads 4d bytes and writes 4d + d/2 + 4; with bounds or means, one token a step reads 2dP more, and with
 // the mean of the values 2dP again.
 #include "common.cuh"
@@ -25,7 +25,7 @@ struct AppendParams {
   u8* second;             // [pages, Hkv, ...]: minima [d]; scale and zero of codes, two halves, [2] or [P, 2]
   const int* channels;    // [Hkv, r], of labels
   u8* value_first;        // [pages, Hkv, d]: means of the values, or their codes
-  u8* value_second;       // [pages, Hkv, 2]: scale and zero of codes
+  u8* value_second;       // [pages, Hkv, 2]: scale and zero of codes; null for means as they are
   long long k_strides[3];  // elements between sequences, tokens and heads
   long long v_strides[3];
   int batch;
@@ -182,7 +182,7 @@ __device__ __forceinline__ void write_mean(const AppendParams& p, const T* store
   }
 }
 
-template <typename T, int D, int R, int V = None>
+template <typename T, int D, int R, bool kValueMean = false>
 __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constant__ AppendParams p) {
   constexpr int kLanes = D / 8;             // lanes of a token
   constexpr int kTokens = kWarp / kLanes;   // tokens of a step
@@ -246,9 +246,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
     const T* const slot0 = new_k + (page_start - start) * p.k_strides[1];  // where the page's first slot would be
     write_mean<T, D, R == Mean8, false>(p, k_page, slot0, p.k_strides[1], first_new, filled, place);
   }
-  if constexpr (V != None) {
+  if constexpr (kValueMean) {
     const T* const slot0 = new_v + (page_start - start) * p.v_strides[1];
-    write_mean<T, D, V == Mean8, true>(p, v_page, slot0, p.v_strides[1], first_new, filled, place);
+    if (p.value_second) write_mean<T, D, true, true>(p, v_page, slot0, p.v_strides[1], first_new, filled, place);
+    else write_mean<T, D, false, true>(p, v_page, slot0, p.v_strides[1], first_new, filled, place);
   }
   if constexpr (kBounds) {
     constexpr int kAhead = D == 64 ? 4 : 8;  // the 15 old keys of a page of 16 in one round at d=128

@@ -339,7 +339,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     C::sync();
     if (threadIdx.x < G) {
       int count = 0;
-#pragma unroll
+#pragma unroll 2
       for (u32 r = 0; r < kCluster; ++r) count += C::read(met + threadIdx.x, r);
       const bool well = rank_wanted[threadIdx.x] != 0;
       rank_wanted[threadIdx.x] = well && count < p.min_tokens ? p.min_tokens : well && count > p.max_tokens ? p.max_tokens : 0;
@@ -350,6 +350,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     __syncthreads();
 
     // ---- the token of that rank ----
+#pragma unroll 1
     for (bool first_pass = true;; first_pass = false) {
       bool any = false;
       for (int head = 0; head < G; ++head) any |= rank_wanted[head] != 0;
@@ -372,7 +373,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       if constexpr (kCluster > 1) {
         for (int i = threadIdx.x; i < G * kMassBins; i += kThreads) {
           u32 sum = 0;
-#pragma unroll
+#pragma unroll 2  // all at once take registers that there are not
           for (u32 r = 0; r < kCluster; ++r) sum += C::read(bins + i, r);
           sums[i] = sum;
         }
@@ -452,8 +453,10 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
     if (p.tail) {
       const int per_page = (1 << p.granularity_shift) / 8, pages = ceil_div(chunks, per_page);
       float* const out = p.tail + (static_cast<size_t>(row) * G + g) * p.capacity + (first >> p.granularity_shift);
+#pragma unroll 1
       for (int page = first_chunk; page < pages; page += step) {
         float sum = 0.f;
+#pragma unroll 1
         for (int chunk = page * per_page; chunk < min((page + 1) * per_page, chunks); ++chunk) {
           const u32 kept = keep[chunk];
           const Chunk<Logit> v = load(chunk);
@@ -482,7 +485,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       float mass = kept_mass[threadIdx.x];
       if (kExtended && mass > 0.f) {
         float sum = 0.f, all = 0.f;
-#pragma unroll
+#pragma unroll 2
         for (u32 r = 0; r < kCluster; ++r) sum += C::read(tail + threadIdx.x, r), all += C::read(missing + threadIdx.x, r);
         mass = fminf(sum / (p.p < 1.f ? mass_sum[threadIdx.x] / one : all), 1.f);
       }

@@ -42,7 +42,7 @@ class AppendParams(ctypes.Structure):
 STRUCTS = (AppendParams,)
 INSTANTIATIONS = tuple(
     f"append<{kind}, {dim}, {rule}{values}>"
-    for values in ("", ", 3", ", 4") for kind in _HALVES.values() for dim in _DIMS for rule in range(len(_RULES))
+    for values in ("", ", true") for kind in _HALVES.values() for dim in _DIMS for rule in range(len(_RULES))
 )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def _cuda(
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
     rule = _RULES.index(None if summary is None else (summary.rule, summary.bits))
-    values = "" if value_summary is None else f", {_RULES.index((value_summary.rule, value_summary.bits))}"
+    values = "" if value_summary is None else ", true"
     kernel = _kernel(k.dtype, dim, f"{rule}{values}", k.get_device())
     places, value_places = _places(summary), _places(value_summary)
     channels = None if summary is None or summary.channels is None else summary.channels.contiguous()
