@@ -31,7 +31,7 @@ from twilight.prompts import Prompt, prompt_with_facts
 from twilight.report import versions
 from twilight.stats import Record
 
-DENSE = "dense"
+DENSE, UNPRUNED = "dense", "every candidate"
 TAILED = BoundedTopP(tail="page_mean")
 """What the caches are made for: every rule finds the metadata that it needs, and those without a tail read none."""
 
@@ -39,7 +39,7 @@ TAILED = BoundedTopP(tail="page_mean")
 def rules() -> Iterator[tuple[str, Pruner | None]]:
     """Yield names and pruners; None for dense attention."""
     yield DENSE, None
-    yield "every candidate", NoPruning()
+    yield UNPRUNED, NoPruning()
     for p in (0.7, 0.85, 0.95, 0.99):
         yield f"top-p {p}", TopP(p)
     for k in (32, 64, 128, 256):
@@ -118,7 +118,7 @@ class Bench:
         started = time.perf_counter()
         bits = self._bits(self.tasks[0])
         row = summary(self.handle.stats().records, bits.numel())
-        row["bits"] = [round(value, 5) for value in bits.flatten().tolist()]
+        row["bits"] = [round(value, 4) for value in bits.flatten().tolist()]
         row["facts"] = sum(self._answers(task) for task in self.tasks[1:])
         row["seconds"] = round(time.perf_counter() - started, 1)
         return row
@@ -177,16 +177,16 @@ def table(data: dict[str, Any]) -> str:
     lines = []
     for selector, rows in data["rows"].items():
         lines += [
-            f"| selector `{selector}`, rule | bits per byte | against dense | facts of {asked} "
+            f"| selector `{selector}`, rule | bits per byte | against no pruning | facts of {asked} "
             "| kept | read | tail | KV bytes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
-        dense = torch.tensor(rows[DENSE]["bits"], dtype=torch.float64)
+        unpruned = torch.tensor(rows[UNPRUNED]["bits"], dtype=torch.float64)
         for name, row in rows.items():
             bits = torch.tensor(row["bits"], dtype=torch.float64)
-            more = bits - dense
+            more = bits - unpruned
             error = float(more.std() / len(more) ** 0.5)
-            against = "" if name == DENSE else f"{float(more.mean()):+.4f} ± {error:.4f}"
+            against = "" if name == UNPRUNED else f"{float(more.mean()):+.4f} ± {error:.4f}"
             lines.append(
                 f"| {name} | {float(bits.mean()):.4f} | {against} | {row['facts']} "
                 f"| {row['kept']:.0f} | {row['read']:.0f} | {row['tail_pages']:.0f} "
@@ -194,6 +194,16 @@ def table(data: dict[str, Any]) -> str:
             )
         lines.append("")
     return "\n".join(lines)
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write results, a rule a line."""
+    head = json.dumps({key: value for key, value in data.items() if key != "rows"}, indent=1)[:-2]
+    sections = []
+    for selector, rows in data["rows"].items():
+        lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+        sections.append(f"  {json.dumps(selector)}: {{\n{lines}\n  }}")
+    path.write_text(f'{head},\n "rows": {{\n' + ",\n".join(sections) + "\n }\n}\n")
 
 
 def update(path: Path, text: str) -> None:
@@ -245,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, rule in missing:
             rows[name] = bench.run(rule)
             print(f"{selector}, {name}: {rows[name]['seconds']} s", file=sys.stderr, flush=True)
-            args.json.write_text(json.dumps(data, indent=1) + "\n")
+            save(args.json, data)
         bench.handle.detach()
     text = table(data)
     print(text)
