@@ -185,6 +185,7 @@ class TwilightCache(Cache):
         Until `release`, layers append to and read `static`, and nothing but steps of one token, `join` and `leave` may
         happen to the cache. After each step, `advance`.
         """
+        self.check_eager()
         self._check_whole()
         if self.paged is None:
             raise ValueError("past_key_values: the cache is empty; run the prompt through the model first")

@@ -64,7 +64,7 @@ class DecodeStep:
         self._model, self._attention, self._cache = model, attention, cache
         self._parameters = inspect.signature(model.forward).parameters
         self._left = max_new_tokens
-        self._static = self._reserve(STEPS)
+        self._static = self._reserve()
         device = self._static.geometry.device
         self._ids, self._positions = torch.zeros((2, cache.num_rows, 1), dtype=torch.long, device=device)
         self._graph: DecodeGraph[tuple[torch.Tensor, list[Record]]] | None = None
@@ -91,7 +91,7 @@ class DecodeStep:
             raise ValueError(f"input_ids: expected [{rows}] or [{rows}, 1], got {list(input_ids.shape)}")
         full = any(static.lengths[row] >= static.limits[row] for row in static.active)
         if full or (self._graph is not None and self._settings() != self._captured):
-            static = self._renew(STEPS)
+            static = self._renew()
         self._ids.copy_(input_ids.view(rows, 1))
         self._positions.copy_(static.seq_lens[:, None] if position_ids is None else position_ids)
         try:
@@ -129,7 +129,7 @@ class DecodeStep:
         ids = input_ids.view(1, -1).to(self._ids)
         new = ids.shape[1]
         if new > static.limits[row]:
-            self._renew(new + STEPS)
+            self._renew(new)
         inputs = self._inputs(ids, torch.arange(new, device=ids.device)[None], 0)
         try:
             with self._cache.join(row):
@@ -162,12 +162,14 @@ class DecodeStep:
         a = self._attention
         return a.selector, a.pruner, a.budget, a.min_context, a.stats.enabled
 
-    def _reserve(self, steps: int) -> StaticCache:
-        return self._cache.reserve(min(steps, self._left) if self._left is not None and self._left > 0 else steps)
+    def _reserve(self, prompt: int = 0) -> StaticCache:
+        """Reserve pages for the steps to come, after a prompt of so many tokens."""
+        steps = min(STEPS, self._left) if self._left is not None and self._left > 0 else STEPS
+        return self._cache.reserve(prompt + steps)
 
-    def _renew(self, steps: int) -> StaticCache:
+    def _renew(self, prompt: int = 0) -> StaticCache:
         self.close()
-        self._static = self._reserve(steps)
+        self._static = self._reserve(prompt)
         self._capture()
         return self._static
 
@@ -212,13 +214,14 @@ def why_not_static(model: Any, cache: TwilightCache) -> str | None:
 
 def generate(model: Any, handle: Handle, inputs: torch.Tensor | None, options: dict[str, Any], *, capture: bool) -> Any:
     """Do what `Handle.generate` says."""
-    cache = options.pop("past_key_values", None)
-    options["past_key_values"] = cache = handle.cache() if cache is None else cache
-    if not capture:
-        return model.generate(inputs, **options)
-    reason = _why_not_sampled(model, options) or why_not_static(model, cache)
-    if reason is not None:
-        _say_eager(reason)
+    if options.get("past_key_values") is None and options.get("use_cache") is not False:
+        options["past_key_values"] = handle.cache()
+    reason = None
+    if capture:
+        reason = _why_not_sampled(model, options) or why_not_static(model, options["past_key_values"])
+        if reason is not None:
+            _say_eager(reason)
+    if not capture or reason is not None:
         return model.generate(inputs, **options)
     # transformers gives a loop that is not its own no streamer.
     loop = functools.partial(_sample, handle=handle, streamer=options.get("streamer"))
