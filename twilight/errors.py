@@ -34,6 +34,10 @@ class KernelError(TwilightError, RuntimeError):
     """A CUDA kernel that does not compile, spills, or has no GPU that could run it."""
 
 
+class CaptureError(TwilightError, RuntimeError):
+    """A step that a CUDA graph cannot hold, because it waits for the GPU. Nothing was captured."""
+
+
 class MissingExtraError(TwilightError, ImportError):
     """An optional dependency that is not installed."""
 

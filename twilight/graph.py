@@ -11,6 +11,7 @@ steps, which is how it knows the lengths without asking. Shapes and grids come f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +20,7 @@ import torch
 from twilight.budget import Budget, UniformBudget
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.checks import check_positive, check_tensor
+from twilight.errors import CaptureError
 from twilight.ops.append import touched_pages
 
 Output = TypeVar("Output")
@@ -207,10 +209,15 @@ class DecodeGraph(Generic[Output]):
     Args:
         static: the cache that the step appends to and reads.
         step: does one step, from inputs that lie in tensors of its own to an output that it returns. It must append in
-            every layer. It is called once before the capture, with no row active, to compile what it needs.
+            every layer. It is called twice before the capture, with no row active: to compile what it needs, and to see
+            whether it can be captured.
 
     Attributes:
         output: what `step` returned; its tensors hold the result of the latest replay.
+
+    Raises:
+        CaptureError: the step waits for the GPU, and where. A capture that fails halfway would leave torch's random
+            numbers unusable, so it is not tried.
     """
 
     def __init__(self, static: StaticCache, step: Callable[[], Output]) -> None:
@@ -223,10 +230,13 @@ class DecodeGraph(Generic[Output]):
             static.set_active([])
             try:
                 step()
+                waits = _waits(step)
             finally:
                 static.set_active(active)
         torch.cuda.current_stream(static.geometry.device).wait_stream(stream)
         torch.cuda.synchronize(static.geometry.device)
+        if waits is not None:
+            raise CaptureError(f"the step waits for the GPU, which a CUDA graph cannot: {waits}")
         with torch.cuda.graph(self._graph):
             self.output = step()
         static._forget_step()  # what the capture found out is the graph's own
@@ -240,3 +250,19 @@ class DecodeGraph(Generic[Output]):
         self._static._advance([int(active) for active in self._static._active])
         self._graph.replay()
         return self.output
+
+
+def _waits(step: Callable[[], object]) -> str | None:
+    """Run a step, and return the place where it waited for the GPU (`.item()`, a copy to or from the host), if any."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "called a synchronizing CUDA operation" in str(warning.message):
+            return f"{warning.filename}:{warning.lineno}"
+    return None

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,13 +19,15 @@ try:
 except ImportError as error:
     raise missing_extra("transformers", "hf", "twilight.attach") from error
 
-from twilight.attention import TwilightAttention
+from twilight.attention import TwilightAttention, attend_densely
 from twilight.budget import UniformBudget
 from twilight.calibration import default_calibration
 from twilight.checks import check_p, check_positive
 from twilight.geometry import Geometry
+from twilight.integrations import transformers_step
 from twilight.integrations.transformers_cache import TwilightCache, TwilightLayer
 from twilight.integrations.transformers_rotary import rotary_frequencies
+from twilight.integrations.transformers_step import DecodeStep
 from twilight.ops.dense_attention import gather_dense
 from twilight.pruner import BoundedTopP, Pruner, TopP
 from twilight.registry import create_selector
@@ -74,11 +76,48 @@ class Handle:
         attention = self.attention
         return f"<twilight.Handle: {attention.selector!r}, {attention.pruner!r}, {'; '.join(self.explain())}>"
 
-    def cache(self) -> TwilightCache:
-        """Return an empty cache for ``generate(..., past_key_values=...)``; one for each batch of sequences."""
+    def cache(self, *, max_new_tokens: int | None = None) -> TwilightCache:
+        """Return an empty cache for ``generate(..., past_key_values=...)``; one for each batch of sequences.
+
+        Args:
+            max_new_tokens: tokens that a sequence is expected to gain after its prompt. Room for them is made at once,
+                where otherwise the pool of pages doubles when it is full.
+        """
         own = DynamicCache(config=self._config).layers
-        attention = self.attention
-        return TwilightCache(own, self._geometry.layer_ids, self._geometry, attention, self._announce)
+        sparse, attention = self._geometry.layer_ids, self.attention
+        return TwilightCache(own, sparse, self._geometry, attention, self._announce, max_new_tokens)
+
+    def generate(self, inputs: torch.Tensor | None = None, *, capture: bool = True, **options: Any) -> Any:
+        """Do what ``model.generate(inputs, **options)`` does, in captured steps, with a fresh cache if none is given.
+
+        On a GPU the model's step is captured in a CUDA graph and replayed for every token: small models and batches,
+        which are bound by the host, gain most. Transformers' own loop chooses the tokens. On a CPU the same step runs
+        without a graph. What cannot be captured is decoded as by ``model.generate``, and a warning says why: beam
+        search and speculation, layers with a sliding window, a model or selector that waits for the GPU.
+
+        Args:
+            inputs, options: as transformers' `generate` takes them.
+            capture: False decodes as ``model.generate(..., past_key_values=handle.cache())``.
+        """
+        return transformers_step.generate(self._attached_model(), self, inputs, options, capture=capture)
+
+    def capture(self, cache: TwilightCache, *, max_new_tokens: int | None = None, graph: bool = True) -> DecodeStep:
+        """Return the next decode steps of a cache that holds prompts, captured: `generate` for a loop of your own.
+
+        Args:
+            cache: one of this handle's.
+            max_new_tokens: how many steps there will be; pages are reserved and the step is captured for as many. More
+                may follow, which takes another capture.
+            graph: False runs the step without a CUDA graph, as on a CPU.
+
+        Returns:
+            A step: call it with the newest token of each sequence, and it returns their logits. A context manager;
+            closing it lets the cache go on as usual.
+
+        Raises:
+            UnsupportedModelError: the model cannot decode over static shapes, and why.
+        """
+        return DecodeStep(self._attached_model(), self.attention, cache, max_new_tokens=max_new_tokens, graph=graph)
 
     def stats(self) -> Stats:
         """Return what the sparse layers read since the handle was made, or since ``stats().clear()``."""
@@ -109,6 +148,12 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.detach()
+
+    def _attached_model(self) -> PreTrainedModel:
+        model = self._model()
+        if self._detached or model is None:
+            raise UnsupportedModelError("this handle is detached: call twilight.attach(model, ...) for another")
+        return model
 
     def _announce(self, layer: TwilightLayer, key: torch.Tensor) -> None:
         # What was announced last time and never collected: another attention, or another model, uses the cache.
@@ -143,7 +188,20 @@ class Handle:
                 "attention_mask: expected a padding mask [b, length], got a custom one of 4 dimensions, "
                 "which sparse layers cannot follow. Detach Twilight for this call."
             )
-        return self._attend_paged(layer, module, query, key, value, mask, scaling, **kwargs)
+        if layer.owner.static is None:
+            return self._attend_paged(layer, module, query, key, value, mask, scaling, **kwargs)
+        pages = layer.owner.static_layer(layer)
+        sparse = self.layers[index] == "sparse"
+        if layer.owner.joining is not None:
+            k, v, counts = layer.owner.for_one_row(key, value)
+            pages.append(k, v, counts)
+            if sparse:
+                self.attention.selector.observe(query.transpose(1, 2).expand(len(counts), -1, -1, -1), pages)
+            return self._sdpa(module, query, key, value, None, scaling, **kwargs)
+        pages.append(key[:, :, 0], value[:, :, 0])
+        attend = self.attention.attend if sparse else attend_densely
+        out, _ = attend(query[:, :, 0], pages)
+        return out.unsqueeze(1), None
 
     def _attend_paged(
         self,
@@ -156,18 +214,19 @@ class Handle:
         scaling: float | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        cache, steps = layer.owner, query.shape[2]
+        cache, steps, sparse = layer.owner, query.shape[2], self.layers[layer.index] == "sparse"
         counts = cache.append(layer, key, value, mask)
         pages = cache.page_cache(layer)
-        if steps == 1 and not self.attention.is_dense(pages):
+        if steps == 1 and sparse and not self.attention.is_dense(pages):
             out, _ = self.attention.attend(query[:, :, 0], pages)
             return out.unsqueeze(1), None
         seen = cache.compact(query)
-        self.attention.observe(seen.transpose(1, 2), pages)
+        if sparse:
+            self.attention.observe(seen.transpose(1, 2), pages)
         if steps > 1 and layer.columns == steps:
             # The first chunk of a prompt: everything there is to attend to has just been handed over.
             return self._sdpa(module, query, key, value, self._mask_4d(mask, query, key), scaling, **kwargs)
-        if steps == 1:
+        if steps == 1 and sparse:
             self.attention.stats.dense(pages)
         longest = pages.max_seq_len
         k, v = (
@@ -227,7 +286,7 @@ def attach(
     pruner: Pruner | None = None,
     selector_options: Mapping[str, Any] | None = None,
     dense_layers: int = 2,
-    min_context: int = 0,
+    min_context: int | Literal["auto"] = "auto",
     page_size: int = 16,
     stats: bool = False,
 ) -> Handle:
@@ -245,7 +304,8 @@ def attach(
         pruner: instead of top-p at `p`, which is then not looked at.
         selector_options: options of the selector, if it is given by name.
         dense_layers: the first layers stay dense; two in the paper (section 5.1).
-        min_context: contexts up to this many tokens are attended to densely.
+        min_context: contexts up to this many tokens are attended to densely. "auto" is the length up to which dense was
+            measured to be as fast on a GPU that runs the kernels, and 0 elsewhere; see `TwilightAttention`.
         page_size: tokens of a page.
         stats: record what is read; see `Handle.stats`.
 

@@ -1,11 +1,12 @@
-"""The cache that `Handle.cache()` makes: paged where attention is sparse, transformers' own elsewhere."""
+"""The cache that `Handle.cache()` makes: paged, but for sliding windows, whose layers are transformers' own."""
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from twilight.attention import TwilightAttention
 from twilight.cache import LayerCache, PagedKVCache
 from twilight.geometry import Geometry
+from twilight.graph import StaticCache
 
 # transformers 5 calls crop with minus the tokens to remove, 4.57 with the length to keep (or minus the tokens).
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
@@ -44,16 +46,17 @@ class TwilightLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states)
         self.owner.announce(self, key_states)
-        self.columns += key_states.shape[-2]
+        if self.owner.static is None:
+            self.columns += key_states.shape[-2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         # transformers 4.57 passes the positions of the new tokens instead of their number.
         new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return self.columns + new, 0
+        return self.get_seq_length() + new, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.columns
+        return self.columns if self.owner.joining is None else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -62,6 +65,7 @@ class TwilightLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
+        self.owner.check_eager()
         self.columns = 0
         self.owner.forget(self)
 
@@ -75,6 +79,7 @@ class TwilightLayer(CacheLayerMixin):
         self.owner.select_rows(self, lambda rows: rows[indices.to(rows.device)])
 
     def crop(self, amount: int) -> None:
+        self.owner.check_eager()
         removed = -amount if amount < 0 else 0 if _CROP_REMOVES else max(0, self.columns - amount)
         removed = min(removed, self.columns)
         self.columns -= removed
@@ -85,11 +90,19 @@ class TwilightCache(Cache):
     """A transformers cache over one `PagedKVCache`.
 
     Args:
-        layers: transformers' own layer caches, one a layer; those named in `sparse` are replaced.
+        layers: transformers' own layer caches, one a layer; they stay where there is a sliding window.
         sparse: numbers of the layers that attend sparsely.
         geometry: sizes; type and device are taken from the first keys that arrive.
         attention: selector, pruner and budget, whose metadata and state are kept.
         announce: called with each layer that is about to attend, and its new keys.
+        max_new_tokens: tokens that a sequence is expected to gain: room for them is made together with the prompt's. A
+            page's by default; the pool doubles when it is full.
+
+    Attributes:
+        paged: the pages, from the first token on.
+        real: `[b, columns]` bool, which columns of the batch hold tokens, not padding.
+        static: the same pages with room reserved, while steps run over shapes that do not change; see `reserve`.
+        joining: the row that a prompt is being written into, if any; see `join`.
     """
 
     def __init__(
@@ -99,17 +112,32 @@ class TwilightCache(Cache):
         geometry: Geometry,
         attention: TwilightAttention,
         announce: Callable[[TwilightLayer, torch.Tensor], None],
+        max_new_tokens: int | None = None,
     ) -> None:
         self._geometry = geometry
         self._attention = attention
-        self._first = min(sparse, default=0)
-        self._slots = {index: slot for slot, index in enumerate(sparse)}
+        sliding = [getattr(own, "is_sliding", False) for own in layers]
+        self._dense = tuple(i for i in range(len(layers)) if i not in sparse and not sliding[i])
+        self._slots = {index: slot for slot, index in enumerate((*sparse, *self._dense))}
+        self._first = min(self._slots, default=0)
         self.announce = announce
+        self.max_new_tokens = geometry.page_size if max_new_tokens is None else max_new_tokens
+        self.forget_all()
+        self._paged_layers = {index: TwilightLayer(self, index) for index in self._slots}
+        super().__init__(layers=[self._paged_layers.get(i, own) for i, own in enumerate(layers)])
+
+    def forget_all(self) -> None:
+        """Be as new, but for transformers' own layers."""
         self.paged: PagedKVCache | None = None
         self.real = torch.empty(0, 0, dtype=torch.bool)
+        self.static: StaticCache | None = None
+        self.joining: int | None = None
+        self.failed = False
+        self._steps = 0
+        self._moved = False
+        self._absent: set[int] = set()
         self._counts: list[int] = []
         self._order: torch.Tensor | None = None
-        super().__init__(layers=[TwilightLayer(self, i) if i in self._slots else own for i, own in enumerate(layers)])
 
     @property
     def num_rows(self) -> int:
@@ -151,14 +179,82 @@ class TwilightCache(Cache):
         assert self.paged is not None
         return self.paged.layers[self._slots[layer.index]]
 
+    def reserve(self, steps: int) -> StaticCache:
+        """Reserve pages for the next `steps` tokens of every sequence.
+
+        Until `release`, layers append to and read `static`, and nothing but steps of one token, `join` and `leave` may
+        happen to the cache. After each step, `advance`.
+        """
+        self.check_eager()
+        self._check_whole()
+        if self.paged is None:
+            raise ValueError("past_key_values: the cache is empty; run the prompt through the model first")
+        self.static = StaticCache(self.paged, self.paged.max_seq_len + steps, steps)
+        self.static.set_active([row for row in range(self.num_rows) if row not in self._absent])
+        return self.static
+
+    def static_layer(self, layer: TwilightLayer) -> LayerCache:
+        """Return the pages of a layer, room reserved."""
+        assert self.static is not None
+        return cast(LayerCache, self.static.layers[self._slots[layer.index]])  # serves wherever one does
+
+    def advance(self) -> None:
+        """Note that a step over `static` is done: the batch is a column longer."""
+        self._steps += 1
+        for layer in self._paged_layers.values():
+            layer.columns += 1
+
+    def release(self) -> None:
+        """Hand back the pages that were not needed; the cache goes on as usual."""
+        if self.static is None:
+            return
+        static, self.static = self.static, None
+        static.release()
+        if self._moved:
+            # Rows that left and joined have lengths of their own: as if padded on the left.
+            columns = max(static.lengths)
+            self.real = torch.arange(columns) >= columns - torch.tensor(static.lengths)[:, None]
+        else:
+            self.real = torch.cat([self.real, torch.ones(self.num_rows, self._steps, dtype=torch.bool)], dim=1)
+        self._steps = 0
+        for layer in self._paged_layers.values():
+            layer.columns = self.real.shape[1]
+
+    def leave(self, row: int) -> None:
+        """Forget a row of `static`."""
+        assert self.static is not None
+        self.static.free(row)
+        self._absent.add(row)
+        self._moved = True
+
+    @contextlib.contextmanager
+    def join(self, row: int) -> Iterator[None]:
+        """Meanwhile, what the model is given is the prompt of an empty row of `static`."""
+        assert self.static is not None
+        self.joining = row
+        try:
+            yield
+        finally:
+            self.joining = None
+        self._absent.discard(row)
+        self.static.set_active([*self.static.active, row])
+
+    def for_one_row(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Spell the prompt of the row that joins out for `StaticLayer.append`: `[1, Hkv, n, d]` to `[b, n, Hkv, d]`."""
+        rows = self.num_rows
+        k, v = (part.transpose(1, 2).expand(rows, -1, -1, -1) for part in (k, v))
+        return k, v, [k.shape[1] if row == self.joining else 0 for row in range(rows)]
+
     def select_rows(self, layer: TwilightLayer, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Reorder, repeat or drop sequences: `choose` is given the row numbers and returns those to be.
 
         Every layer is told; the pages are shared, so the first one acts.
         """
+        self.check_eager()
         if layer.index == self._first and self.paged is not None:
             rows = choose(torch.arange(self.paged.num_rows)).tolist()
             self.paged.select_rows(rows)
+            self._absent = set()
             self.real = self.real[rows]
 
     def crop(self, layer: TwilightLayer | int, removed: int = 0) -> None:
@@ -184,34 +280,42 @@ class TwilightCache(Cache):
     def forget(self, layer: TwilightLayer) -> None:
         """Empty the pages when the first layer is reset."""
         if layer.index == self._first:
-            self.paged = None
-            self.real = torch.empty(0, 0, dtype=torch.bool)
+            self.forget_all()
 
-    def _begin(self, layer: TwilightLayer, k: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """Look at a step's padding, once for all layers: this is where it reaches the host."""
-        rows, new = k.shape[0], k.shape[2]
-        if self.paged is not None and (self.real.shape[1] + new != layer.columns or self.paged.unfinished()):
+    def check_eager(self) -> None:
+        """Refuse what would change the pages under a step that is captured over them."""
+        if self.static is not None:
+            raise ValueError("past_key_values: steps of this cache are captured; close() what capture() returned first")
+
+    def _check_whole(self) -> None:
+        if self.failed or (self.paged is not None and self.paged.unfinished()):
             raise ValueError(
                 "past_key_values: an earlier step with this cache failed halfway; its layers hold different tokens\n"
                 "  start again with a fresh one: past_key_values=handle.cache()"
             )
+
+    def _begin(self, layer: TwilightLayer, k: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Look at a step's padding, once for all layers: this is where it reaches the host."""
+        rows, new = k.shape[0], k.shape[2]
+        self.failed |= self.paged is not None and self.real.shape[1] + new != layer.columns
+        self._check_whole()
         real = torch.ones(rows, new, dtype=torch.bool) if mask is None else mask[:, -new:].cpu()
         self._counts = real.sum(1).tolist()
+        self._absent = set()  # every row is given a token
         ragged = min(self._counts) < new
         self._order = (~real).to(torch.int8).argsort(dim=1, stable=True).to(k.device) if ragged else None
         if self.paged is None:
             geometry = replace(self._geometry, dtype=k.dtype, device=k.device)
-            # Room for the prompt and a page a row to go on with; the pool doubles from there.
-            pages = rows * (-(-new // geometry.page_size) + 1)
             attention = self._attention
             self.paged = PagedKVCache(
                 geometry,
                 num_rows=rows,
-                num_pages=pages,
+                num_pages=rows * -(-(new + self.max_new_tokens) // geometry.page_size),
                 selector=attention.selector,
                 pruner=attention.pruner,
                 budget=attention.budget,
                 growable=True,
+                dense_layers=self._dense,
             )
             self.real = torch.empty(rows, 0, dtype=torch.bool)
         elif self.paged.num_rows != rows:
