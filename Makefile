@@ -7,8 +7,12 @@ STAMP := .venv/.installed
 COMPAT ?= 4.57.6
 COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
 
+# The extra that brings CuPy and NVRTC, with which kernels are compiled without a GPU. macOS has neither.
+CUDA ?= $(if $(filter Darwin,$(shell uname)),,cuda13)
+comma := ,
+
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format types pytest compat compile demo doctor clean
+.PHONY: help venv test lint format types pytest compat compile sanitize demo doctor clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,10 +22,10 @@ venv: $(STAMP)  ## install the package and its development tools into .venv
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "twilight needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,dev$(CUDA:%=$(comma)%)]'
 	@touch $@
 
-test: lint types pytest compat  ## lint, types, tests, and the integration's tests on older transformers
+test: lint types $(CUDA:%=compile) pytest compat  ## lint, types, kernels, tests, and the integration's tests on older transformers
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -55,9 +59,11 @@ compat-%: .compat/%/.installed
 	$(BIN)/python -m pip --python .compat/$*/bin/python install --quiet --disable-pip-version-check 'transformers==$*'
 	@touch $@
 
-compile: $(STAMP)  ## compile every CUDA kernel for sm_80 and sm_90, which needs no GPU; not part of `make test`
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cuda13]'
-	$(BIN)/python -m twilight.kernels compile --arch sm_80 sm_90
+compile: $(STAMP)  ## compile every CUDA kernel, which needs no GPU; what has not changed is not compiled twice
+	$(BIN)/twilight kernels compile
+
+sanitize:  ## run every kernel under compute-sanitizer, which needs a GPU; SANITIZE='--tool racecheck --kernel top_p'
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) tests/sanitizer/sweep.py $(SANITIZE)
 
 demo: $(STAMP)  ## decode a long prompt with the small model, and show what that saved
 	$(BIN)/python examples/decode.py selector=quest p=0.95 task.plot=outputs/budget.png
@@ -66,5 +72,5 @@ doctor: $(STAMP)  ## check what works on this machine
 	$(BIN)/twilight doctor
 
 clean:  ## remove what the other targets made
-	rm -rf .venv .compat build dist *.egg-info outputs multirun .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf .venv .compat .compiled build dist *.egg-info outputs multirun .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

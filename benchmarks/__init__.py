@@ -1,10 +1,11 @@
-"""Benchmarks: one decode step of one layer, one token of a whole model, and what reports are made of.
+"""Benchmarks: one decode step of one layer, one token of a whole model, the host's part, and what reports are made of.
 
     twilight bench [decode]            one layer, stage by stage, against the dense kernels of the same run
     twilight bench model               one token of a Llama-shaped model
+    twilight bench launch              what the host does for a call of each operator
     twilight bench report FILE ...     tables and plots from results
 
-In a checkout `python benchmarks/decode.py` and `python benchmarks/model.py` do the same.
+In a checkout `python benchmarks/decode.py`, `benchmarks/model.py` and `benchmarks/launch.py` do the same.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ def main(words: Sequence[str]) -> int:
         from . import model_step
 
         return model_step.main(rest)
+    if verb == "launch":
+        from . import host_cost
+
+        return host_cost.main(rest)
     if verb == "report":
         from . import report
 
         return report.main(rest)
     from twilight.errors import unknown_name
 
-    raise unknown_name("benchmark", verb, ["decode", "model", "report"], see="twilight bench --help")
+    raise unknown_name("benchmark", verb, ["decode", "model", "launch", "report"], see="twilight bench --help")

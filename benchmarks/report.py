@@ -26,7 +26,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", nargs="*", type=Path, metavar="FILE", help="results to print as a Markdown table")
-    parser.add_argument("--table", choices=list(TABLES), help="which (default: speed; of a model's results, model)")
+    parser.add_argument("--table", choices=list(TABLES), help="which (default: speed, model or launch)")
     parser.add_argument("--cells", nargs="+", default=[], metavar="B:N", help="only these")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the results, too, into this folder")
     parser.add_argument("--update", nargs="+", default=[], type=Path, metavar="DOCUMENT", help="write its tables anew")
@@ -41,7 +41,7 @@ def main(words: Sequence[str]) -> int:
     args = parse(words)
     for path in args.results:
         data = load(path)
-        kind = args.table or ("model" if data["benchmark"] == "model" else "speed")
+        kind = args.table or (data["benchmark"] if data["benchmark"] in TABLES else "speed")
         versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
         print(f"{path}: {data['gpu']}, {versions}, kernels {data['raw_kernels']}\n")
         print(render(kind, data, args.cells))

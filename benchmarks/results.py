@@ -27,7 +27,7 @@ def header(benchmark: str, device: torch.device) -> dict[str, Any]:
     """Return what all results of a file have in common.
 
     Args:
-        benchmark: ``"decode"`` or ``"model"``.
+        benchmark: ``"decode"``, ``"model"`` or ``"launch"``.
         device: where it ran.
     """
     versions = {"twilight": __version__, "torch": torch.__version__, "cuda": torch.version.cuda or "none"}

@@ -88,8 +88,22 @@ def model(data: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     return markdown(["b", "N", "attention", "ms a token", "against best dense", "share of attention"], rows)
 
 
+def launch(data: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
+    """Return a row a call: microseconds of the host in each cell, and without its launches in the last."""
+    names = list(dict.fromkeys(name for cell in cells for name in cell["calls"]))
+    rows = []
+    for name in names:
+        found = [cell["calls"].get(name) for cell in cells]
+        times = [number(row["us"]) if row else "–" for row in found]
+        last = found[-1] or {}
+        rows.append([name, *times, number(last["around"]) if "around" in last else "–"])
+    return markdown(
+        ["", *(f"b={cell['batch']}, N={length(cell['length'])}" for cell in cells), "around launches"], rows
+    )
+
+
 TABLES: dict[str, Callable[[dict[str, Any], Sequence[dict[str, Any]]], str]] = {
-    "speed": speed, "stages": stages, "dense": dense, "model": model,
+    "speed": speed, "stages": stages, "dense": dense, "model": model, "launch": launch,
 }  # fmt: skip
 
 

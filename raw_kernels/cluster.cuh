@@ -83,6 +83,18 @@ struct AnyCluster {
 #endif
     return there;
   }
+  // The 32-bit word of block `at` that lies where `local` lies in this one.
+  template <typename T>
+  __device__ static T read(const T* local, int at) {
+    static_assert(sizeof(T) == 4, "words only");
+#if __CUDA_ARCH__ >= 900
+    u32 word;
+    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(word) : "r"(address(local, at)) : "memory");
+    return *reinterpret_cast<T*>(&word);
+#else
+    return *local;
+#endif
+  }
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER_STORE "st.shared::cluster"
 #define CLUSTER_ADD "red.relaxed.cluster.shared::cluster.add.u32"

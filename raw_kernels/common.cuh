@@ -79,6 +79,25 @@ __device__ __forceinline__ half to_half_clamped(float x) {
   return __float2half_rn(fabsf(x) < inf() ? c : x);
 }
 
+// Two halves in a word, finite or NaN: what does not fit becomes +-65504, an infinity too. Volatile, so that it is not sunk into a branch that stores it.
+__device__ __forceinline__ u32 pack2_saturated(float lo, float hi) {
+  u32 pair;
+  asm volatile("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
+  return pair;
+}
+
+// ---- addresses ----
+
+// base + index * stride in one instruction.
+__device__ __forceinline__ const u8* mad_wide(const u8* base, u32 index, u32 stride) {
+  const u8* sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(index), "r"(stride), "l"(base));
+  return sum;
+}
+// Keeps a value in a register: what it was made of is forgotten, so that it is not made again at every use.
+__device__ __forceinline__ void opaque(u32& x) { asm("" : "+r"(x)); }
+__device__ __forceinline__ void opaque(const u8*& x) { asm("" : "+l"(x)); }
+
 // ---- loads ----
 
 // Read once, by one thread: through the read-only path without a line in L1.
@@ -96,6 +115,12 @@ __device__ __forceinline__ uint2 load_stream8(const void* p) {
 __device__ __forceinline__ u32 load_stream4(const void* p) {
   u32 v;
   asm("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+// What another block has written while this one runs: from L2, every time.
+__device__ __forceinline__ u32 load_l2(const u32* p) {
+  u32 v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 // Plain vector access, for data that is shared, reused, or written by the same kernel.
@@ -119,6 +144,11 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 // Wait until at most N of the committed groups are still under way.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// ---- counters in shared memory ----
+
+// Add one to the word at an address of `smem_address`. Through a pointer the address would be made anew each time.
+__device__ __forceinline__ void count_shared(u32 address) { asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory"); }
 
 // ---- reductions and scans ----
 

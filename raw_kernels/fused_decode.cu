@@ -58,8 +58,13 @@ CHECK_PARAMS(FusedDecodeParams);
 
 constexpr int kMaxHeads = 8;
 // Tiles of 16 tokens that a warp has under way: as many as 128 registers a thread hold.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kTwoTiles = 1;  // 2 would spill there
+#else
+constexpr int kTwoTiles = 2;
+#endif
 template <int D, int Tiles>
-constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : 2;
+constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : kTwoTiles;
 
 // Where things lie in dynamic shared memory; `fused_decode.py` adds up the same. Two blocks should leave 60 of a multiprocessor's 256 KB to its L1, where loads
 // under way have their places: with 28 KB the streams run at 60 % of their speed.
@@ -84,7 +89,7 @@ struct Layout {
 };
 
 // 16 warps a block where there is one block a multiprocessor, else 8.
-template <typename T, int D, int Tiles, int Vectors, int kWarps>
+template <int D, int Tiles, int Vectors, int kWarps>
 __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
   constexpr int kThreads = kWarps * kWarp;
   extern __shared__ __align__(16) unsigned char smem[];
@@ -130,7 +135,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     if (rank == 0 && threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = 0, p.mass[first_head + threadIdx.x] = 0.f;
     if (rank == 0 && threadIdx.x < p.group) p.lse[first_head + threadIdx.x] = -inf();
 #pragma unroll 1
-    for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<T*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
+    for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<u16*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
     return;
   }
   if (p.stagger && row >= p.stagger && row < 2 * p.stagger) {
@@ -258,14 +263,19 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   };
   // ---- attention over this block's tokens ----
   if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
-  T* const s_query = reinterpret_cast<T*>(smem + layout.query);  // the codes are of no more use
+  u16* const s_query = reinterpret_cast<u16*>(smem + layout.query);  // the codes are of no more use
 #pragma unroll 1
   for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
   __syncthreads();
   float top, sum;
   float* const parts = scores;
-  attend_warp<T, D, kWarps>(s_query, static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group, p.sm_scale * kLog2e,
-                            parts, top, sum);
+const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
+    using T = decltype(type);
+    attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(s_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
+                              p.sm_scale * kLog2e, parts, top, sum);
+  };
+  if (p.q_is_bf16) attend(bf16());
+  else attend(half());
   if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
   __syncthreads();
 
@@ -275,8 +285,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const auto finish = [&](int e, float4 x, float2 joint) {
     const int head = e / (D / 4), d = e % (D / 4) * 4;
     const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
-        make_uint2(pack2<T>(x.x * scale, x.y * scale), pack2<T>(x.z * scale, x.w * scale));
+    x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
+    *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
+        p.q_is_bf16 ? make_uint2(pack2<bf16>(x.x, x.y), pack2<bf16>(x.z, x.w)) : make_uint2(pack2<half>(x.x, x.y), pack2<half>(x.z, x.w));
     if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
   };
 #pragma unroll 1

@@ -156,7 +156,7 @@ template <int D, int Vectors, int Tiles, int kWarps, typename Use>
 __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_scale, const u8* codes, const u32* params, const int* pages, int count, int kv_heads,
                                             int kv_head, const Use& use) {
   constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
-  constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 1 ? 4 : 8 / (Tiles * kPieces);  // tiles under way
+  constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 4 ? 2 : 3;  // tiles under way: what the registers hold
   constexpr int kHeads = 4 * Tiles;
   const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
 

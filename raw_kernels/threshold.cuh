@@ -107,7 +107,7 @@ __device__ __forceinline__ Cut find_cut(const u32* weights, float step, float ta
   Cut cut{-1, 0.f, 0.f, false};
   float prefix = up_to - mass, counted = count_up_to - count;
   scale = lane_scale;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kPerLane; i += 4) {
     float w[4];
     read4(i, w);

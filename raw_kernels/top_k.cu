@@ -1,8 +1,8 @@
 // Top-k: the best `count` of n entries of each kv head, after its query heads' scores are combined, as an ascending list.
 //
+// For pages: up to 8192 entries a row. token_top_k.cu is for more.
 // A block selects for one (sequence, kv head). It reads the group's scores twice, from L2 where the kernel before has left them: once for the log-sum-exp
-// of each head, once to combine them (the log of the sum of their softmaxes) into 32-bit keys in the order of the scores, which stay in shared memory (or, if there are too many, in a
-// workspace). The key of rank `count` is then found by histograms of 2048 bins in shared memory, the first over the range between the smallest and
+// of each head, once to combine them (the log of the sum of their softmaxes) into 32-bit keys in the order of the scores, which stay in shared memory. The key of rank `count` is then found by histograms of 2048 bins in shared memory, the first over the range between the smallest and
 // the largest key, the next over the bin that holds the rank: one or two rounds, at most three. One more walk writes the indices in order.
 // Integer atomics only: the result does not depend on their order.
 // Floor: 4 * group bytes an entry and kv head, read from L2. What costs is latency: two trips to L2 and about 12 block barriers.
@@ -14,7 +14,6 @@ struct TopKParams {
   const int* seq_lens;   // [b]
   int* indices;          // [b, Hkv, capacity]
   int* lengths;          // [b, Hkv]
-  u32* workspace;        // [b, Hkv, n], or null if keys are kept in shared memory
   float scale_log2e;     // what turns scores into logits in base 2
   int reduce;            // 0 softmax, 1 sum, 2 max
   int force_newest;
@@ -28,8 +27,7 @@ CHECK_PARAMS(TopKParams);
 
 constexpr int kMaxGroup = 16;
 
-// Entries: how many entries a thread keeps in registers between the two readings, for n up to Threads * Entries; 0 reads the scores twice. Negative: too
-// many keys for shared memory.
+// Entries: how many entries a thread keeps in registers between the two readings, for n up to Threads * Entries; 0 reads the scores twice.
 template <int Threads, int Group, int Entries>
 __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Group < 8 ? 2 : 1) top_k(const __grid_constant__ TopKParams p) {
   constexpr int kWarps = Threads / kWarp;
@@ -45,7 +43,6 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
   const int real = min(ceil_div(p.seq_lens[batch], p.granularity), p.n);
   const int want_at_most = min(p.counts[row], p.capacity);
   const float* scores = p.scores + static_cast<long long>(row) * group * p.n;
-  u32* keys = Entries >= 0 ? s_keys : p.workspace + static_cast<long long>(row) * p.n;
   const int lane = lane_id(), warp = warp_id();
 
   for (int i = threadIdx.x; i < kRadixBins; i += Threads) s_histogram[i] = 0;
@@ -143,7 +140,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
     } else if (key > kNothing) {
       ++there, low = min(low, key), high = max(high, key);
     }
-    keys[i] = key;
+    s_keys[i] = key;
   };
   if constexpr (Entries > 0) {
 #pragma unroll
@@ -185,7 +182,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
     for (bool more = true; more;) {
       // Every key in [low, high] counts, by its distance from `low`.
       for (int i = threadIdx.x; i < real; i += Threads) {
-        const u32 key = keys[i];
+        const u32 key = s_keys[i];
         if (key >= low && key <= high && (ranked || key != kForced)) atomicAdd(&s_histogram[(key - low) >> shift], 1);
       }
       __syncthreads();
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
   const int per_warp = ceil_div(ceil_div(real, kWarps), kWarp) * kWarp, begin = warp * per_warp, end = min(begin + per_warp, real);
   int above = 0, same = 0;
   for (int i = begin + lane; i < end; i += kWarp) {
-    const u32 key = keys[i];
+    const u32 key = s_keys[i];
     above += key > threshold, same += equal > 0 && key == threshold;
   }
   above = warp_sum(above), same = warp_sum(same);
@@ -222,7 +219,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
     const u32 lower = (1u << lane) - 1;
     for (int i0 = begin; i0 < end; i0 += kWarp) {
       const int i = i0 + lane;
-      const u32 key = i < end ? keys[i] : 0;
+      const u32 key = i < end ? s_keys[i] : 0;
       const u32 is_above = __ballot_sync(kFullMask, i < end && key > threshold);
       const u32 is_same = __ballot_sync(kFullMask, i < end && key == threshold);
       const int same_rank = before_same + __popc(is_same & lower);

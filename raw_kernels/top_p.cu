@@ -300,14 +300,16 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
 
   // ---- the union, in order: a run of chunks a thread ----
   const int run = ceil_div(chunks, kThreads);
-  const int run_begin = min(static_cast<int>(threadIdx.x) * run, chunks), run_end = min(run_begin + run, chunks);
-  const auto together = [&](int chunk) {
+  const int run_begin = min(static_cast<int>(threadIdx.x) * run, chunks);
+  int run_end = min(run_begin + run, chunks);
+  int kept_here = 0;
+  for (int chunk = run_begin; chunk < run_end; ++chunk) {
     u32 any = 0;
     for (int head = 0; head < G; ++head) any |= keep[head * keep_pitch + chunk];
-    return any;
-  };
-  int kept_here = 0;
-  for (int chunk = run_begin; chunk < run_end; ++chunk) kept_here += __popc(together(chunk));
+    keep[chunk] = static_cast<unsigned char>(any);  // of the first head: nobody else reads it
+    kept_here += __popc(any);
+  }
+  if (!kept_here) run_end = run_begin;
   int total;
   int at = block_exclusive_scan<kThreads>(kept_here, scan_scratch, total);
   if (kCluster > 1 && threadIdx.x == 0) total_kept = total;
@@ -331,14 +333,12 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   const int* const indices = p.indices + static_cast<size_t>(row) * p.capacity;
   int* const kept = p.kept + static_cast<size_t>(row) * n;
   at += kept_before;
-  for (int chunk = run_begin; chunk < run_end && kept_here; ++chunk) {
-    const u32 mine = together(chunk);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (!(mine >> i & 1)) continue;
-      const int candidate = first + chunk * 8 + i, entry = candidate >> p.granularity_shift;
+  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+    for (u32 mine = keep[chunk]; mine; mine &= mine - 1) {
+      const int candidate = first + chunk * 8 + __ffs(mine) - 1, entry = candidate >> p.granularity_shift;
       kept[at] = (indices[entry] << p.granularity_shift) + (candidate & ((1 << p.granularity_shift) - 1));
       if (p.kept_log_weight) {
+#pragma unroll 1
         for (int head = 0; head < G; ++head) {
           const size_t of = static_cast<size_t>(row) * G + head;
           p.kept_log_weight[of * n + at] = p.log_weight[of * p.capacity + entry];

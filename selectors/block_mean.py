@@ -19,7 +19,17 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
+from twilight import (
+    Budget,
+    Geometry,
+    LayerCache,
+    MetadataSpec,
+    PageRanking,
+    Selection,
+    Selector,
+    check_reduce,
+    ops,
+)
 
 
 @dataclass
@@ -51,6 +61,11 @@ class BlockMean(Selector):
     def summarize(self, keys: torch.Tensor, valid: torch.Tensor, layer: int) -> dict[str, torch.Tensor]:
         bits = 8 if self.metadata_type == "int8" else None
         return dict(zip(("mean", "mean_params"), ops.page_means(keys, valid, bits), strict=False))
+
+    def ranking(self, layer: LayerCache) -> PageRanking | None:
+        if self.metadata_type != "int8":
+            return None
+        return PageRanking((layer.metadata("mean"), layer.metadata("mean_params")), self.reduce)
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

@@ -16,9 +16,8 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, combine_group, ops
+from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
 from twilight.calibration import load_channels
-from twilight.ops.paging import gather_tokens
 
 
 @dataclass
@@ -74,14 +73,23 @@ class DoubleSparsity(Selector):
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
-        tokens = torch.arange(layer.max_seq_len, device=q.device)
-        past = tokens >= layer.seq_lens[:, None, None]
-        positions = tokens.expand(q.shape[0], g.num_kv_heads, -1).masked_fill(past, 0)
-        stored = (gather_tokens(layer.metadata(s.name), positions, layer.page_table, g.page_size)
-                  for s in self.metadata(g))  # fmt: skip
-        label = next(stored).float() if self.label_bits == 16 else ops.dequantize(*stored, bits=self.label_bits)
-        order = self._orders[layer.index].long()[None, :, None].expand(q.shape[0], -1, g.group_size, -1)
-        query = q.float().unflatten(1, (g.num_kv_heads, -1)).gather(-1, order)
-        scores = (query @ label.transpose(-1, -2)).flatten(1, 2).masked_fill(past, -torch.inf)
-        combined = combine_group(scores, g.num_kv_heads, self.reduce, scale=g.sm_scale)
-        return Selection.top(combined, budget.tokens, capacity=budget.capacity, granularity=1)
+        scores, lse = ops.label_scores(
+            q,
+            [layer.metadata(spec.name) for spec in self.metadata(g)],
+            self._orders[layer.index],
+            layer.page_table,
+            layer.seq_lens,
+            sm_scale=g.sm_scale,
+            # Half the bytes on a GPU, where they are written and read again; below the error of a label.
+            out_dtype=torch.float16 if q.is_cuda else torch.float32,
+            with_lse=self.reduce == "softmax",
+        )
+        return ops.top_k(
+            scores,
+            budget.tokens,
+            layer.seq_lens,
+            granularity=1,
+            capacity=budget.capacity,
+            reduce=self.reduce,
+            lse=lse,
+        )

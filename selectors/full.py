@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, LayerCache, Selection, Selector
+from twilight import Budget, LayerCache, PageRanking, Selection, Selector
 
 
 @dataclass
@@ -17,8 +17,15 @@ class Full(Selector):
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "Twilight, arXiv 2502.02770, section 5.1"
 
+    def ranking(self, layer: LayerCache) -> PageRanking:
+        return PageRanking()
+
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
-        g = layer.geometry
-        return Selection.everything(
-            layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=g.page_size
-        )
+        # One list for all layers of a step. In a CUDA graph its lengths are found anew at every replay, by the first.
+        if self.name not in layer.scratch:
+            g = layer.geometry
+            layer.scratch[self.name] = Selection.everything(
+                layer.seq_lens, g.num_kv_heads, max_seq_len=layer.max_seq_len, granularity=g.page_size
+            )
+        selection: Selection = layer.scratch[self.name]
+        return selection

@@ -20,7 +20,17 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
+from twilight import (
+    Budget,
+    Geometry,
+    LayerCache,
+    MetadataSpec,
+    PageRanking,
+    Selection,
+    Selector,
+    check_reduce,
+    ops,
+)
 
 
 @dataclass
@@ -54,6 +64,11 @@ class Quest(Selector):
         if self.metadata_type == "int8":
             return dict(zip(("bounds", "bounds_params"), ops.page_bounds(keys, valid, bits=8), strict=True))
         return dict(zip(("max", "min"), ops.page_bounds(keys, valid), strict=True))
+
+    def ranking(self, layer: LayerCache) -> PageRanking | None:
+        if self.metadata_type != "int8":
+            return None
+        return PageRanking((layer.metadata("bounds"), layer.metadata("bounds_params")), self.reduce)
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

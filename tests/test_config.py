@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.utils import setup_globals
 from omegaconf import DictConfig
 
+from tests.test_registry import BUILTIN
 from twilight import NoPruning, Selector, TopP, UniformBudget, config, resources
 from twilight.errors import UnknownNameError
 from twilight.overrides import OverrideError, check, expand_budget
@@ -151,7 +152,7 @@ def test_a_wrong_word_is_answered(site, word, first, more):
         (["selector=full,qest"], "no selector 'qest'. Did you mean 'quest'?"),
         (["p=0.8,1.5"], "p: expected a float in (0, 1], got 1.5"),
         (["selector=quest,full", "selector.reduce=sum"], "no option 'selector.reduce' with selector=full."),
-        (["selector=glob(zz*)"], "selector=glob(zz*): matches nothing of double_sparsity, full"),
+        (["selector=glob(zz*)"], "selector=glob(zz*): matches nothing of block_mean, double_sparsity"),
         (["budget=0.25,fixed"], "budget=0.25,fixed: expected numbers or choices, not both"),
         (["pp=0.8,0.9"], "no option 'pp'. Did you mean 'p'?"),
     ],
@@ -175,7 +176,7 @@ def test_every_value_of_a_sweep_is_composed_once(site):
     assert {cfg.selector.name for cfg in composed} == set(site.registry.selectors())
     assert {cfg.p for cfg in composed} == {0.8, 0.9}
     assert {cfg.budget.value for cfg in composed} == {0.25, 512}
-    assert len(composed) == 1 + (6 - 1) + (2 - 1) + (2 - 1)
+    assert len(composed) == 1 + (len(BUILTIN) - 1) + (2 - 1) + (2 - 1)
 
 
 def test_a_disabled_default_is_named(site, monkeypatch):

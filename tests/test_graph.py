@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from twilight import Budget, Geometry, MetadataSpec, PagedKVCache, Selection, Selector, TwilightAttention, kernels
+from twilight import (
+    Budget,
+    Geometry,
+    MetadataSpec,
+    NoPruning,
+    PagedKVCache,
+    Selection,
+    Selector,
+    TopP,
+    TwilightAttention,
+    kernels,
+)
 from twilight.graph import DecodeGraph, StaticCache
 from twilight.registry import create_selector
 
@@ -128,15 +140,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes():
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-@pytest.mark.parametrize("selector", ["largest_pages", "quest", "full"])
-def test_a_captured_step_is_replayed_while_sequences_grow(device, selector):
+@pytest.mark.parametrize("selector", ["largest_pages", "quest", "full", "double_sparsity"])
+@pytest.mark.parametrize("pruner", [TopP(), NoPruning()], ids=["top_p", "none"])
+def test_a_captured_step_is_replayed_while_sequences_grow(device, selector, pruner, tmp_path):
     lengths = [200, 0, 31]
     geometry = Geometry(2, 8, 2, 128, dtype=torch.bfloat16, device=torch.device(device))
     if selector == "largest_pages":
         chosen = LargestPages()
+    elif selector == "double_sparsity":
+        orders = tmp_path / "orders.json"
+        orders.write_text(json.dumps({"layers": {str(layer): [list(range(128))] * 2 for layer in range(2)}}))
+        chosen = create_selector(selector, calibration=str(orders))
     else:
-        module = pytest.importorskip(f"twilight_selectors.{selector}", reason="needs the built-in selectors installed")
-        chosen = getattr(module, selector.capitalize())()
+        chosen = create_selector(selector)
     made = []
     generator = torch.Generator(device).manual_seed(0)
     prompt = torch.randn(2, 2, 3, max(lengths), 2, 128, generator=generator, device=device).bfloat16()
@@ -147,7 +163,7 @@ def test_a_captured_step_is_replayed_while_sequences_grow(device, selector):
         made.append(cache)
     plain, static = made[0], StaticCache(made[1], 300)
     static.set_active([0, 1, 2])
-    attention = TwilightAttention(chosen, budget=0.5)
+    attention = TwilightAttention(chosen, pruner, budget=0.5)
     q, k, v = step_inputs(plain, 60)
     here = [torch.empty_like(part[0]) for part in (q, k, v)]
 

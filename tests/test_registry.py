@@ -21,13 +21,18 @@ BUILTIN = [
     "double_sparsity",
     "full",
     "h2o",
+    "magicpig",
+    "nsa",
     "oracle_topk",
     "oracle_topp",
+    "pqcache",
     "quest",
     "snapkv",
     "sparq",
     "streaming_llm",
+    "tactic",
     "tidal_decode",
+    "vattention",
 ]
 
 HOOKS = """

@@ -17,7 +17,9 @@ GEOMETRY = Geometry(2, 4, 2, 4, PAGE, torch.float32)
 
 
 class Ages(Selector):
-    """Counts steps: of each row, of each token, and of each three tokens."""
+    """Counts steps: of each row, of each token, and of each three tokens. Marks a token with the step it came in,
+    and the first token with the latest step.
+    """
 
     name = "ages"
 
@@ -26,24 +28,36 @@ class Ages(Selector):
             StateSpec("steps", (2,), torch.float64, heads="query", fill=0.5),
             StateSpec("age", (), torch.int32, per="token", fill=-1),
             StateSpec("third", (1,), torch.float32, per="token", stride=STRIDE, fill=7),
+            StateSpec("mark", (2,), torch.int64, per="token", fill=-5),
         )
 
     def observe(self, q: torch.Tensor, layer) -> None:
-        for spec in self.state(layer.geometry):
+        entries = ops.new_positions(layer.seq_lens, layer.new_tokens, q.shape[1])
+        step = layer.state("steps")[:, :1, None].long()
+        layer.update_state("mark", (step * 100 + entries[:, None, :, None]).expand(-1, 2, -1, 2), entries)
+        layer.update_state("mark", (step * 100).expand(-1, 2, -1, 2), torch.zeros_like(entries[:, :1]))
+        for spec in self.state(layer.geometry)[:3]:
             layer.update_state(spec.name, layer.state(spec.name) + 1)
 
 
 class Row:
-    """One row of the model: its tokens' ages, its thirds, and its steps."""
+    """One row of the model: its tokens' ages, its thirds, its steps, and its tokens' marks."""
 
-    def __init__(self, ages: list[int] | None = None, thirds: list[float] | None = None, steps: float = 0.5) -> None:
-        self.ages, self.thirds, self.steps = list(ages or []), list(thirds or []), steps
+    def __init__(self) -> None:
+        self.ages: list[int] = []
+        self.thirds: list[float] = []
+        self.steps = 0.5
+        self.marks: list[int] = []
 
     def copy(self) -> Row:
-        return Row(self.ages, self.thirds, self.steps)
+        other = Row()
+        other.ages, other.thirds, other.steps, other.marks = [*self.ages], [*self.thirds], self.steps, [*self.marks]
+        return other
 
     def step(self, new: int) -> None:
         if new:
+            self.marks += [int(self.steps) * 100 + len(self.ages) + token for token in range(new)]
+            self.marks[0] = int(self.steps) * 100
             self.ages = [age + 1 for age in self.ages + [-1] * new]
             missing = -(-len(self.ages) // STRIDE) - len(self.thirds)
             self.thirds = [third + 1 for third in self.thirds + [7.0] * missing]
@@ -51,6 +65,7 @@ class Row:
 
     def cut(self, length: int) -> None:
         del self.ages[length:]
+        del self.marks[length:]
         del self.thirds[-(-length // STRIDE) :]
         if not length:
             self.steps = 0.5
@@ -66,6 +81,8 @@ def check(layer, rows: list[Row]) -> None:
         assert (steps[i] == row.steps).all()
         assert age[i].tolist() == [row.ages + [-1] * (longest - len(row.ages))] * 2
         assert third[i, ..., 0].tolist() == [row.thirds + [7.0] * (third.shape[2] - len(row.thirds))] * 2
+        marks = [[mark] * 2 for mark in row.marks + [-5] * (longest - len(row.marks))]
+        assert layer.state("mark")[i].tolist() == [marks] * 2
 
 
 def zeros(rows: int, counts: list[int]) -> torch.Tensor:
@@ -236,9 +253,10 @@ def test_new_tokens_are_those_of_the_step() -> None:
 
 def test_what_is_kept_is_counted() -> None:
     cache, _, _ = fill(GEOMETRY, [9, 2], Ages())
-    # For each of 2 layers and 2 rows: 4 query heads of 2 doubles; 2 kv heads of 9 ints and of 3 floats.
-    assert cache.nbytes()["state"] == 2 * 2 * (4 * 2 * 8 + 2 * 9 * 4 + 2 * 3 * 4)
-    assert Ages().bytes_per_token(GEOMETRY) == pytest.approx(4 + 4 / 3)
+    # For each of 2 layers and 2 rows: 4 query heads of 2 doubles; 2 kv heads of 9 ints, of 3 floats and of 9 pairs of
+    # longs, with a spare entry behind each.
+    assert cache.nbytes()["state"] == 2 * 2 * (4 * 2 * 8 + 2 * 10 * 4 + 2 * 4 * 4 + 2 * 10 * 16)
+    assert Ages().bytes_per_token(GEOMETRY) == pytest.approx(4 + 4 / 3 + 16)
     spec = StateSpec("each", (5,), torch.float16, per="token", heads="query")
     assert spec.bytes_per_token(GEOMETRY) == 2 * 5 * 2  # two query heads a kv head
 
@@ -246,10 +264,15 @@ def test_what_is_kept_is_counted() -> None:
 def test_mistakes_are_named() -> None:
     cache, _, _ = fill(GEOMETRY, [9], Ages())
     layer = cache.layers[0]
-    with pytest.raises(ValueError, match=r"no 'agee' \(there is: 'steps', 'age', 'third'\)"):
+    with pytest.raises(ValueError, match=r"no 'agee' \(there is: 'steps', 'age', 'third', 'mark'\)"):
         layer.state("agee")
     with pytest.raises(ValueError, match=r"age: expected shape \[1, 2, 9\], got \[1, 2, 8\]"):
         layer.update_state("age", torch.zeros(1, 2, 8))
+    entries = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"age: expected shape \[1, 2, 3\], got \[1, 2, 2\]"):
+        layer.update_state("age", torch.zeros(1, 2, 2), entries)
+    with pytest.raises(ValueError, match="entries: 'steps' has one entry a row; leave them out"):
+        layer.update_state("steps", torch.zeros(1, 4, 3, 2), entries)
 
     class Twice(Selector):
         def state(self, geometry):

@@ -17,7 +17,7 @@ from twilight.geometry import Geometry
 from twilight.hookspecs import hookimpl
 from twilight.pruner import NoPruning, TopP
 from twilight.selection import Selection
-from twilight.selector import MetadataSpec, Selector, StateSpec, check_reduce, combine_group
+from twilight.selector import MetadataSpec, PageRanking, Selector, StateSpec, check_reduce, combine_group
 
 if TYPE_CHECKING:
     from twilight.integrations.transformers import attach
@@ -31,6 +31,7 @@ __all__ = [
     "MetadataSpec",
     "NoPruning",
     "OutOfPagesError",
+    "PageRanking",
     "PagedKVCache",
     "Selection",
     "Selector",

@@ -11,6 +11,8 @@ from twilight.budget import UniformBudget, parse_budget
 from twilight.cache import LayerCache
 from twilight.checks import check_tensor
 from twilight.crossover import crossover
+from twilight.ops.fused_decode import FusedDecode
+from twilight.ops.fused_decode import unsupported as fused_unsupported
 from twilight.ops.sparse_attention import unsupported_attention
 from twilight.pruner import Pruner, TopP
 from twilight.selector import Selector
@@ -88,6 +90,10 @@ class TwilightAttention:
             self.selector.observe(q.unsqueeze(1), layer)
             return attend_densely(q, layer)
 
+        step = self._one_launch(q, layer)
+        if step is not None:
+            self.stats.sparse(layer, self.selector, step.candidates, step.pruned, estimated=True)
+            return step.out, step.lse
         geometry, table, lens = layer.geometry, layer.page_table, layer.seq_lens
         scale = geometry.sm_scale
         pages = (layer.k_pages, layer.v_pages, table, lens)
@@ -110,6 +116,31 @@ class TwilightAttention:
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
         out, lse = ops.sparse_attention(q, *pages, kept.selection, sm_scale=scale)
         return self.selector.finish(q, layer, kept.selection, out, lse)
+
+    def _one_launch(self, q: torch.Tensor, layer: LayerCache) -> FusedDecode | None:
+        """Do all stages in one kernel, where there is one for what the selector and the pruner do."""
+        pruner = self.pruner
+        if not q.is_cuda or type(pruner) is not TopP or not kernels.available(q.device):
+            return None
+        if type(self.selector).finish is not Selector.finish:
+            return None
+        ranking = self.selector.ranking(layer)
+        if ranking is None:
+            return None
+        budget = layer.budget(self.budget) if ranking.vectors else None
+        pages = (layer.k_pages, layer.v_pages, layer.shadow, ranking.vectors, layer.page_table, layer.seq_lens)
+        if fused_unsupported(q, *pages, budget) is not None:
+            return None
+        return ops.fused_decode(
+            q,
+            *pages,
+            budget,
+            pruner.p,
+            sm_scale=layer.geometry.sm_scale,
+            reduce=ranking.reduce,
+            lists=self.stats.enabled,
+            backend="cuda",
+        )
 
     def _check_selector(self, layer: LayerCache) -> None:
         """Refuse a cache that keeps another selector's data, or the same selector's with other parameters."""

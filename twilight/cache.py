@@ -128,7 +128,7 @@ class LayerCache:
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """What one layer of a step leaves for the next ones. Empty when a step begins."""
+        """What one layer of a step leaves for the next ones. Empty when a step begins or rows have changed."""
         return self._cache.scratch
 
     @property
@@ -154,17 +154,24 @@ class LayerCache:
         """Return a tensor that the selector declared for rows; `StateSpec` has its shape. Not to be written to."""
         return self._state.read(name, self.max_seq_len)
 
-    def update_state(self, name: str, value: torch.Tensor) -> None:
-        """Replace what `state` returned.
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
+        """Replace what `state` returned, or some entries of it.
 
         Rows without new tokens, and entries past a row's end, stay as they are: what a step computes for rows that it
         does not concern is of no consequence. A step that is aborted takes its updates along.
 
         Args:
             name: which tensor.
-            value: of the shape that `state` returned.
+            value: of the shape that `state` returned; `[b, H, m, *shape]` if `entries` are given.
+            entries: `[b, m]` int64, which to replace, none of a row twice; -1 for nothing. The others are not touched,
+                so that a step costs what it changes.
         """
-        self._state.write(name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=True)
+        cache = self._cache
+        # Rows that begin in this step have nothing to go back to: an aborted step empties them.
+        undo = any(length > new for length, new in zip(cache.table.lengths, cache._pending, strict=False))
+        self._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=undo, entries=entries
+        )  # fmt: skip
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
         """Add tokens to the sequences: K, V, the 4-bit copy and the selector's metadata.
@@ -196,7 +203,7 @@ class LayerCache:
                 self._summarize(*self._cache._touched(), self._summarized)
         except BaseException:
             # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
-            self._cache.abort()
+            self._cache._abort(self)
             raise
         self._step = self._cache._step
 
@@ -277,7 +284,6 @@ class PagedKVCache:
         self._pending: list[int] = []
         self._pages_touched: tuple[torch.Tensor, torch.Tensor] | None = None
         self.new_tokens = torch.zeros(num_rows, dtype=torch.int32, device=geometry.device)
-        self.scratch: dict[str, Any] = {}
         self.layers = [LayerCache(self, index) for index in geometry.layer_ids]
         self.layers += [LayerCache(self, index, dense=True) for index in dense_layers]
         self._upload()
@@ -301,16 +307,23 @@ class PagedKVCache:
     def abort(self) -> None:
         """Forget a step that not all layers have appended to, as after an error between two layers."""
         if self.unfinished():
-            done = [layer for layer in self.layers if layer._step == self._step]
+            self._abort()
+
+    def _abort(self, failed: LayerCache | None = None) -> None:
+        # The layer that failed may have brought a part of its metadata up to date. It comes last: it may fail again.
+        done = [layer for layer in self.layers if layer._step == self._step and layer is not failed]
+        for row, new in enumerate(self._pending):
+            self.table.truncate(row, self.table.lengths[row] - new)
+        for layer in self.layers:
+            layer._step = self._step
+            layer._state.restore()
+            for row, length in enumerate(self.table.lengths):
+                layer._state.truncate(row, length)
+        self._upload()
+        for layer in (*done, *([failed] if failed else [])):
             for row, new in enumerate(self._pending):
-                self.table.truncate(row, self.table.lengths[row] - new)
                 if new:
-                    self._summarize_last_page(row, done)
-            for layer in self.layers:
-                layer._step = self._step
-                layer._state.restore()
-            self.scratch = {}
-            self._upload()
+                    self._summarize_last_page(row, [layer])
 
     def fork(self, source: int, target: int) -> None:
         """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
@@ -388,7 +401,6 @@ class PagedKVCache:
         self._copy_pages(self.table.extend(counts))
         for each in self.layers:
             each._state.commit()
-        self.scratch = {}
         self._step += 1
         self._pending = counts
         self._upload()
@@ -470,4 +482,6 @@ class PagedKVCache:
         padded = [row + [0] * (width - len(row)) for row in self.table.rows]
         self.page_table = torch.tensor(padded, dtype=torch.int32).to(self.geometry.device)
         self.seq_lens = torch.tensor(self.table.lengths, dtype=torch.int32).to(self.geometry.device)
+        # What was found out for the rows as they were.
         self._budgets: dict[UniformBudget, Budget] = {}
+        self.scratch: dict[str, Any] = {}

@@ -33,19 +33,27 @@ def check_tensor(
     """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-    if shape is not None:
-        fits = value.ndim == len(shape) and all(w is None or w == s for w, s in zip(shape, value.shape, strict=True))
-        if not fits:
-            wanted = ", ".join("any" if s is None else str(s) for s in shape)
-            raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
-    if dtype is not None:
+    if shape is not None and not _same_shape(value.shape, shape):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: expected shape [{wanted}], got {list(value.shape)}")
+    if dtype is not None and value.dtype is not dtype:
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
         if value.dtype not in allowed:
             wanted = " or ".join(str(d).removeprefix("torch.") for d in allowed)
             raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
-    if device is not None and not _same_device(value.device, device):
+    if device is not None and value.device != device and not _same_device(value.device, device):
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     return value
+
+
+def _same_shape(have: torch.Size, wanted: Sequence[int | None]) -> bool:
+    if len(have) != len(wanted):
+        return False
+    # all() over a generator takes twice as long, and a decode step checks some twenty tensors a layer.
+    for size, want in zip(have, wanted, strict=True):  # noqa: SIM110
+        if want is not None and size != want:
+            return False
+    return True
 
 
 def _same_device(one: torch.device, other: torch.device) -> bool:

@@ -177,6 +177,12 @@ def _bench(words: list[str]) -> int:
     return int(resources.subpackage("benchmarks").main(words))
 
 
+def _kernels(words: list[str]) -> int:
+    from twilight import kernel_verbs
+
+    return kernel_verbs.main(words)
+
+
 def _version(words: list[str]) -> int:
     from twilight import __version__
 
@@ -195,6 +201,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "calibrate": _calibrate,
     "bench": _bench,
+    "kernels": _kernels,
     "version": _version,
     "help": _help,
 }
@@ -205,6 +212,7 @@ _ABOUT = {
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
+    "kernels": "the CUDA kernels:      twilight kernels list | compile | warmup | clear",
     "version": "print the version",
     "help": "print this",
 }

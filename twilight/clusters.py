@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import Any
 
 _CLUSTER_DIMENSION = 4
 """CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION."""
@@ -20,9 +21,7 @@ class _Attribute(ctypes.Structure):
 
 class _Config(ctypes.Structure):
     _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("smem", ctypes.c_uint),
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "smem")),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.POINTER(_Attribute)),
         ("num_attributes", ctypes.c_uint),
@@ -41,11 +40,15 @@ def _check(status: int, what: str) -> None:
         raise RuntimeError(f"{what}: {(text.value or b'unknown error').decode()} (CUDA driver error {status})")
 
 
-def _config(grid: tuple[int, int, int], block: tuple[int, int, int], smem: int, stream: int, cluster: int) -> _Config:
+@functools.cache
+def _attribute(cluster: int) -> Any:
     attribute = _Attribute(_CLUSTER_DIMENSION)
     attribute.value[0], attribute.value[1], attribute.value[2] = cluster, 1, 1
-    three = ctypes.c_uint * 3
-    return _Config(three(*grid), three(*block), smem, stream, ctypes.pointer(attribute), 1)
+    return ctypes.pointer(attribute)
+
+
+def _config(grid: tuple[int, int, int], block: tuple[int, int, int], smem: int, stream: int, cluster: int) -> _Config:
+    return _Config(*grid, *block, smem, stream, _attribute(cluster), 1)
 
 
 def launch(
@@ -59,8 +62,9 @@ def launch(
 ) -> None:
     """Launch `function` in clusters of `cluster` blocks along x; `params` points to its one parameter."""
     config = _config(grid, block, smem, stream, cluster)
-    arguments = (ctypes.c_void_p * 1)(params)
-    status = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function), arguments, None)
+    status = _driver().cuLaunchKernelEx(
+        ctypes.byref(config), ctypes.c_void_p(function), ctypes.byref(params), None
+    )  # fmt: skip
     _check(status, f"launch of {grid} blocks in clusters of {cluster}")
 
 

@@ -30,6 +30,10 @@ class UnsupportedModelError(TwilightError, ValueError):
     """A model, cache or mask that the transformers integration cannot serve."""
 
 
+class KernelError(TwilightError, RuntimeError):
+    """A CUDA kernel that does not compile, spills, or has no GPU that could run it."""
+
+
 class MissingExtraError(TwilightError, ImportError):
     """An optional dependency that is not installed."""
 

@@ -57,16 +57,18 @@ class StaticLayer:
 
     @property
     def scratch(self) -> dict[str, Any]:
-        """What one layer of a step leaves for the next ones. Empty when a step begins."""
+        """What one layer of a step leaves for the next ones. Empty when a step begins or rows have changed."""
         return self._static.scratch
 
     def state(self, name: str) -> torch.Tensor:
         """Return a tensor that the selector declared for rows, as `LayerCache.state` does."""
         return self._layer._state.read(name, self.max_seq_len)
 
-    def update_state(self, name: str, value: torch.Tensor) -> None:
+    def update_state(self, name: str, value: torch.Tensor, entries: torch.Tensor | None = None) -> None:
         """Replace what `state` returned, in place, as `LayerCache.update_state` does."""
-        self._layer._state.write(name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=False)
+        self._layer._state.write(
+            name, value, self.seq_lens, self.new_tokens, self.max_seq_len, undo=False, entries=entries
+        )  # fmt: skip
 
     def budget(self, policy: UniformBudget) -> Budget:
         """Return what `policy` gives each row at this step. All layers of a step share it."""
@@ -134,9 +136,8 @@ class StaticCache:
         self._active = [length > 0 for length in self.lengths]
         self._ones = torch.tensor(self._active, dtype=torch.int32, device=device)
         self._added = self._ones
-        self.scratch: dict[str, Any] = {}
         self._step = 0
-        self._budgets: dict[UniformBudget, Budget] = {}
+        self._forget_step()
 
     @property
     def active(self) -> list[int]:
@@ -153,6 +154,7 @@ class StaticCache:
         self.lengths[row] = 0
         self.set_active([other for other in self.active if other != row])
         self.seq_lens[row] = 0
+        self._forget_step()
         for layer in self._cache.layers:
             layer._state.free(row)
 
@@ -180,9 +182,12 @@ class StaticCache:
         if not self._capturing():
             self._advance([int(active) for active in self._active] if new_tokens is None else new_tokens)
         self._step += 1
-        self._budgets = {}
-        self.scratch = {}
+        self._forget_step()
         self.seq_lens.add_(self._added)
+
+    def _forget_step(self) -> None:
+        self._budgets: dict[UniformBudget, Budget] = {}
+        self.scratch: dict[str, Any] = {}
 
     def _budget(self, policy: UniformBudget) -> Budget:
         if policy not in self._budgets:
@@ -224,7 +229,7 @@ class DecodeGraph(Generic[Output]):
         torch.cuda.synchronize(static.geometry.device)
         with torch.cuda.graph(self._graph):
             self.output = step()
-        static._budgets = {}  # those of the capture are the graph's own
+        static._forget_step()  # what the capture found out is the graph's own
 
     def replay(self) -> Output:
         """Do a step. One token is appended to every active row.

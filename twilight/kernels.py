@@ -6,63 +6,80 @@
     STRUCTS          the `ctypes.Structure` classes that mirror its parameter structs
 
 NVRTC compiles one instantiation at its first use, through CuPy's RawModule, for the GPU at hand; the result is kept in
-CuPy's disk cache (`CUPY_CACHE_DIR`). CuPy does not look into headers when it forms the cache key, so a hash of the
-whole folder goes into the options.
+CuPy's disk cache (`CUPY_CACHE_DIR`). CuPy does not look into headers when it forms the cache key, so a hash of the file
+and of every header that it includes goes into the options.
 
-    python -m twilight.kernels list                          every instantiation
-    python -m twilight.kernels compile --arch sm_80 sm_90    compile all without a GPU; fails on spills and local memory
-    python -m twilight.kernels warmup                        compile all for this GPU, into the disk cache
-    python -m twilight.kernels clear                         empty CuPy's disk cache
+``twilight kernels`` lists them, compiles them ahead and clears the cache; `twilight.compiling` compiles without a GPU.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib
 import importlib.util
-import io
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twilight import clusters
-from twilight.errors import missing_extra
+from twilight.errors import KernelError, missing_extra, unknown_name
 from twilight.resources import folder
 
 MIN_CAPABILITY = (8, 0)
 _PROGRESS_AFTER = 0.5
 """Seconds that a compile may take before it says so."""
+_LOG_LINES = 40
+"""Lines of the compiler's log that an error shows."""
 
-_loaded: dict[tuple[str, str, str, int], Kernel] = {}
+_loaded: dict[tuple[str, str, Path | None, int], Kernel] = {}
 _lock = threading.Lock()
 
 
 class Kernel:
     """A compiled function on one device. Made by `load`."""
 
-    __slots__ = ("_device", "_driver_launch", "_function", "_keep", "_stream", "expression")
+    __slots__ = (
+        "_cooperative_launch",
+        "_cupy",
+        "_device",
+        "_driver_launch",
+        "_function",
+        "_max_cluster",
+        "_max_smem",
+        "_stream",
+        "expression",
+    )
 
-    def __init__(self, expression: str, function: int, device: int, keep: Any) -> None:
+    def __init__(self, expression: str, cupy_function: Any, device: int) -> None:
         from cupy_backends.cuda.api import driver
 
         self.expression = expression
-        self._function = function
+        self._cupy = cupy_function  # the module is unloaded with its last reference
+        self._function: int = cupy_function.kernel.ptr
         self._device = device
-        self._keep = keep  # the module is unloaded with its last reference
+        self._max_smem, self._max_cluster = 48 * 1024, 8  # what needs no permission
         self._driver_launch: Callable[..., None] = driver.launchKernel
+        self._cooperative_launch: Callable[..., None] = driver.launchCooperativeKernel
         self._stream = _raw_stream()
+
+    def allow(self, max_dynamic_smem: int, max_cluster: int) -> None:
+        """Let launches ask for so many bytes of dynamic shared memory, and blocks of a cluster, from now on."""
+        if max_dynamic_smem > self._max_smem:
+            self._cupy.max_dynamic_shared_size_bytes = max_dynamic_smem
+            self._max_smem = max_dynamic_smem
+        if max_cluster > self._max_cluster and _capability(self._device) >= (9, 0):
+            clusters.allow_large(self._function)
+            self._max_cluster = max_cluster
 
     def launch(
         self,
@@ -72,6 +89,7 @@ class Kernel:
         smem: int = 0,
         *,
         cluster: int = 1,
+        cooperative: bool = False,
     ) -> None:
         """Launch on torch's current stream of the kernel's device.
 
@@ -81,30 +99,31 @@ class Kernel:
             params: passed by value; copied before this returns.
             smem: bytes of dynamic shared memory.
             cluster: blocks of a cluster along x, divides the grid; compute capability 9.0.
+            cooperative: blocks wait for each other; the driver sees to it that all run at once, or refuses.
         """
         if 0 in grid:
             return
         device = self._device
+        if _current_device() != device:
+            with torch.cuda.device(device):
+                return self.launch(grid, block, params, smem, cluster=cluster, cooperative=cooperative)
         # A pointer of this call's own: two threads may launch the same kernel.
         pointer = ctypes.c_void_p(ctypes.addressof(params))
-        if cluster > 1:
-            with torch.cuda.device(device):
-                clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
-            return
-        if torch.cuda.current_device() != device:
-            with torch.cuda.device(device):
-                self._driver_launch(
-                    self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer), 0
-                )
-            return
-        self._driver_launch(self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer), 0)
+        if cooperative:
+            self._cooperative_launch(
+                self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer)
+            )
+        elif cluster > 1:
+            clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
+        else:
+            self._driver_launch(self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer), 0)
 
 
 def available(device: torch.device) -> bool:
     """Return whether kernels can run on `device`: CUDA, capability 8.0 or more, and CuPy installed."""
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    return _cupy_installed() and _capability(_index(device)) >= MIN_CAPABILITY
+    return cupy_installed() and _capability(_index(device)) >= MIN_CAPABILITY
 
 
 def use_kernel(backend: str, device: torch.device, unsupported: str | None) -> bool:
@@ -117,7 +136,7 @@ def use_kernel(backend: str, device: torch.device, unsupported: str | None) -> b
 
     Raises:
         ValueError: `backend` is another word, or is ``"cuda"`` and the kernel cannot take them.
-        MissingExtraError, RuntimeError: it is ``"cuda"``, and CuPy or the GPU is not there.
+        MissingExtraError, KernelError: it is ``"cuda"``, and CuPy is not installed or the GPU is too old.
     """
     if backend == "auto":
         return unsupported is None and available(device)
@@ -135,12 +154,12 @@ def use_kernel(backend: str, device: torch.device, unsupported: str | None) -> b
 
 def check_device(device: torch.device) -> None:
     """Raise what is missing, if kernels cannot run on `device`."""
-    if not _cupy_installed():
-        raise missing_extra("cupy", _extra(), "running the CUDA kernels")
+    if not cupy_installed():
+        raise missing_extra("cupy", extra(), "running the CUDA kernels")
     capability = _capability(_index(device))
     if capability < MIN_CAPABILITY:
         name = torch.cuda.get_device_name(device)
-        raise RuntimeError(
+        raise KernelError(
             f"the CUDA kernels need compute capability 8.0 or more, {name} has {capability[0]}.{capability[1]}\n"
             "  run with backend='torch' on this GPU"
         )
@@ -169,65 +188,185 @@ def load(
 
     Raises:
         MissingExtraError: CuPy is not installed.
-        RuntimeError: the GPU is too old, or the source does not compile.
+        KernelError: the GPU is too old, the source does not compile, or there is nothing to compile it with.
     """
     if device is None:
         device = torch.cuda.current_device()
     index = device if isinstance(device, int) else _index(device)
-    key = (stem, expression, str(source_folder or ""), index)
+    key = (stem, expression, source_folder, index)
     kernel = _loaded.get(key)
-    if kernel is not None:
-        return kernel
-    check_device(torch.device("cuda", index))
-    with _lock:
-        if key not in _loaded:
-            with torch.cuda.device(index):
-                _loaded[key] = _compile(stem, expression, max_dynamic_smem, max_cluster, structs, source_folder, index)
-        return _loaded[key]
+    if kernel is None:
+        check_device(torch.device("cuda", index))
+        with _lock:
+            if key not in _loaded:
+                with torch.cuda.device(index):
+                    _loaded[key] = _compile(stem, expression, structs, source_folder, index)
+            kernel = _loaded[key]
+    kernel.allow(max_dynamic_smem, max_cluster)
+    return kernel
 
 
 def _compile(
     stem: str,
     expression: str,
-    max_dynamic_smem: int,
-    max_cluster: int,
     structs: Sequence[type[ctypes.Structure]] | None,
     source_folder: Path | None,
     index: int,
 ) -> Kernel:
-    import cupy
-
+    arch = arch_of(index)
+    source = source_path(stem, source_folder)
+    options = compile_options(stem, structs, source_folder)
     torch.cuda.current_stream(index).synchronize()  # makes sure that torch has set the primary context up
-    where = source_folder or folder("raw_kernels")
-    source = (where / f"{stem}.cu").read_text()
-    with cupy.cuda.Device(index), _Progress(f"compiling {expression} for sm_{''.join(map(str, _capability(index)))}"):
-        module = cupy.RawModule(
-            code=source, options=_options(stem, structs, source_folder), name_expressions=(expression,)
-        )
-        function = module.get_function(expression)
-        if max_dynamic_smem > 48 * 1024:
-            function.max_dynamic_shared_size_bytes = max_dynamic_smem
-        if max_cluster > 8 and _capability(index) >= (9, 0):
-            clusters.allow_large(function.kernel.ptr)
-        return Kernel(expression, function.kernel.ptr, index, (module, function, function.kernel))
+    try:
+        import cupy
+
+        with cupy.cuda.Device(index), _Progress(f"compiling {expression} for {arch}"):
+            before = _cache_files()
+            module = cupy.RawModule(code=source.read_text(), options=options, name_expressions=(expression,))
+            function = module.get_function(expression)
+    except Exception as error:
+        raise compile_error(source.name, expression, arch, error) from error
+    _remember(_mark(arch, stem, expression, options), _cache_files() - before)
+    return Kernel(expression, function, index)
 
 
-def _options(
-    stem: str, structs: Sequence[type[ctypes.Structure]] | None, source_folder: Path | None = None
+def compile_error(file: str, expression: str, arch: str, error: Exception) -> KernelError:
+    """Build the error for a kernel that cannot be compiled: the compiler's own words, and what to try."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if len(lines) > _LOG_LINES:
+        lines[_LOG_LINES:] = [f"... and {len(lines) - _LOG_LINES} lines more"]
+    log = "\n".join(f"    {line}" for line in lines)
+    return KernelError(
+        f"{file}: {expression} cannot be compiled for {arch} with {versions()}\n{log}\n  {_remedy(str(error))}"
+    )
+
+
+def _remedy(log: str) -> str:
+    """Say what to try."""
+    install = f"pip install --upgrade 'twilight-attn[{extra()}]'"
+    if "libnvrtc" in log:
+        return f"the compiler is not where CuPy looks for it: {install}"
+    if re.search(r'open source file "cuda_\w+\.h"', log):
+        return f"CUDA's headers are not where CuPy looks for them: {install}"
+    if "gpu-architecture" in log:
+        return f"this NVRTC is older than the GPU: {install}"
+    if "the ctypes mirror has another size" in log:
+        return "sources and Python files are of different versions: pip install --force-reinstall twilight-attn"
+    return "twilight doctor checks the compiler; backend='torch' runs without it"
+
+
+@functools.cache
+def versions() -> str:
+    """Return the versions of NVRTC and CuPy, as far as there are any."""
+    words = []
+    with contextlib.suppress(Exception):
+        words.append("NVRTC {}.{}".format(*importlib.import_module("cupy_backends.cuda.libs.nvrtc").getVersion()))
+    with contextlib.suppress(Exception):
+        words.append(f"CuPy {importlib.import_module('cupy').__version__}")
+    return " and ".join(words) or "no NVRTC"
+
+
+# ---- sources ----
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.M)
+
+
+def source_path(stem: str, source_folder: Path | None = None) -> Path:
+    """Return the file `<stem>.cu`."""
+    return (source_folder or folder("raw_kernels")) / f"{stem}.cu"
+
+
+def source_files(stem: str, source_folder: Path | None = None) -> list[Path]:
+    """Return a kernel's file and every header of ours, or of `source_folder`, that it includes, itself first."""
+    folders = dict.fromkeys((source_folder or folder("raw_kernels"), folder("raw_kernels")))
+    files = [source_path(stem, source_folder)]
+    for file in files:
+        for name in _INCLUDE.findall(file.read_text()):
+            found = next((each / name for each in (file.parent, *folders) if (each / name).is_file()), None)
+            if found is not None and found not in files:
+                files.append(found)
+    return files
+
+
+def source_hash(stem: str | None = None, source_folder: Path | None = None) -> str:
+    """Return 16 hex digits that change with a kernel's file and its headers, or with any file of `raw_kernels`."""
+    files = sorted(folder("raw_kernels").glob("*.cu*")) if stem is None else source_files(stem, source_folder)
+    digest = hashlib.sha1()
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compile_options(
+    stem: str, structs: Sequence[type[ctypes.Structure]] | None = None, source_folder: Path | None = None
 ) -> tuple[str, ...]:
+    """Return NVRTC's options for a file, but the architecture. See `load` for the arguments."""
     if structs is None:
         structs = getattr(importlib.import_module(f"twilight.ops.{stem}"), "STRUCTS", ())
     sizes = (f"-DSIZEOF_{struct.__name__}={ctypes.sizeof(struct)}" for struct in structs)
     headers = (f"-I{path}" for path in dict.fromkeys((source_folder or folder("raw_kernels"), folder("raw_kernels"))))
-    return ("-std=c++17", *headers, f"-DTWILIGHT_SRC=0x{source_hash()}", *sizes)
+    return ("-std=c++17", *headers, f"-DTWILIGHT_SRC=0x{source_hash(stem, source_folder)}", *sizes)
 
 
-def source_hash() -> str:
-    """Return 16 hex digits that change with any file of `raw_kernels`."""
-    digest = hashlib.sha1()
-    for path in sorted(folder("raw_kernels").glob("*.cu*")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
+def instantiations(stems: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield each stem of `raw_kernels`, or those of `stems`, with the name expressions that its operator declares.
+
+    Raises:
+        UnknownNameError: there is no such file.
+    """
+    there = sorted(path.stem for path in folder("raw_kernels").glob("*.cu"))
+    for stem in stems:
+        if stem not in there:
+            raise unknown_name("kernel file", stem, there, see="twilight kernels list")
+    for stem in there:
+        if not stems or stem in stems:
+            yield stem, tuple(importlib.import_module(f"twilight.ops.{stem}").INSTANTIATIONS)
+
+
+# ---- CuPy's disk cache ----
+
+
+def cache_dir() -> Path:
+    """Return CuPy's disk cache, which is shared with everything else that uses CuPy."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+
+
+def is_cached(stem: str, expression: str, index: int) -> bool:
+    """Return whether an instantiation, as its sources are now, is in the disk cache for a device."""
+    return (_marks() / _mark(arch_of(index), stem, expression, compile_options(stem))).is_file()
+
+
+def clear() -> int:
+    """Delete what `load` has put into CuPy's disk cache, and nothing else. Returns how many files that were."""
+    count = 0
+    for mark in _marks().glob("*"):
+        for name in mark.read_text().split():
+            with contextlib.suppress(FileNotFoundError):
+                (cache_dir() / name).unlink()
+                count += 1
+        mark.unlink()
+    return count
+
+
+def _marks() -> Path:
+    """Where it is noted what is in the cache: CuPy names its files by hashes that nobody else can form."""
+    return cache_dir() / "twilight"
+
+
+def _mark(arch: str, stem: str, expression: str, options: tuple[str, ...]) -> str:
+    return hashlib.sha1("\0".join((arch, versions(), stem, expression, *options)).encode()).hexdigest()
+
+
+def _cache_files() -> set[str]:
+    return {path.name for path in cache_dir().glob("*.cubin*")}
+
+
+def _remember(mark: str, files: set[str]) -> None:
+    path = _marks() / mark
+    with contextlib.suppress(OSError):  # a cache that cannot be written to is CuPy's to complain about
+        if files or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(sorted(files)))
 
 
 class _Progress:
@@ -277,171 +416,23 @@ def smem_limit(index: int) -> int:
 
 
 @functools.cache
-def _cupy_installed() -> bool:
+def cupy_installed() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
-def _extra() -> str:
+def extra() -> str:
     return "cuda12" if (torch.version.cuda or "13").startswith("12") else "cuda13"
 
 
+def arch_of(index: int) -> str:
+    """Return a device's architecture as the compiler calls it, such as ``"sm_90"``."""
+    return "sm_{}{}".format(*_capability(index))
+
+
+# What torch's own compiler calls: 0.1 us each, against 1 us for building a Stream object.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def _raw_stream() -> Callable[[int], int]:
-    # What torch's own compiler calls: 0.1 us, against 1 us for building a Stream object.
     fast = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     return fast if fast is not None else lambda index: torch.cuda.current_stream(index).cuda_stream
-
-
-# ---- without a GPU ----
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the compiler spent on one kernel."""
-
-    stem: str
-    expression: str
-    arch: str
-    registers: int
-    spills: int
-    stack: int
-    smem: int
-
-    def __str__(self) -> str:
-        waste = f", {self.spills} B SPILLED, {self.stack} B LOCAL" if self.spills or self.stack else ""
-        return f"{self.arch} {self.stem}: {self.expression}: {self.registers} registers, {self.smem} B smem{waste}"
-
-
-_USED = re.compile(
-    r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
-    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
-    re.S,
-)
-
-
-def instantiations(stems: Sequence[str] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each stem of `raw_kernels`, or those of `stems`, with the name expressions that its operator declares."""
-    for path in sorted(folder("raw_kernels").glob("*.cu")):
-        if not stems or path.stem in stems:
-            yield path.stem, tuple(importlib.import_module(f"twilight.ops.{path.stem}").INSTANTIATIONS)
-
-
-def compile_source(
-    stem: str, expressions: Sequence[str], arch: str, *, extra_options: Sequence[str] = ()
-) -> list[Resources]:
-    """Compile instantiations of one file for `arch` (``"sm_90"``), with neither a GPU nor a driver."""
-    if not _cupy_installed():
-        raise missing_extra("cupy", _extra(), "compiling the CUDA kernels")
-    # RawModule asks the driver for the device; this layer does not. Checked with CuPy 13 and 14.
-    from cupy.cuda import compiler
-
-    source = (folder("raw_kernels") / f"{stem}.cu").read_text()
-    options = (
-        *_base_options(_options(stem, None)),
-        f"-arch={arch}",
-        "-ftz=true",
-        "--device-as-default-execution-space",
-        "--ptxas-options=-v",
-        *extra_options,
-    )
-    program = compiler._NVRTCProgram(source, f"{stem}.cu", name_expressions=tuple(expressions), method="cubin")
-    log = io.StringIO()
-    try:
-        _, names = program.compile(options, log)
-    except compiler.CompileException as error:
-        raise RuntimeError(f"{stem}.cu does not compile for {arch}:\n{error}") from error
-    used = {match["name"]: match for match in _USED.finditer(log.getvalue())}
-    found = []
-    for expression in expressions:
-        match = used[names[expression]]
-        smem = re.search(r"(\d+) bytes smem", match["rest"])
-        found.append(
-            Resources(stem, expression, arch, int(match["registers"]), int(match["stores"]) + int(match["loads"]),
-                      int(match["stack"]), int(smem[1]) if smem else 0)
-        )  # fmt: skip
-    return found
-
-
-def _base_options(options: tuple[str, ...]) -> tuple[str, ...]:
-    from cupy._core import core
-
-    assemble = getattr(core, "assemble_cupy_compiler_options", None)
-    return options if assemble is None else tuple(assemble(options))
-
-
-def compile_all(arch: str, stems: Sequence[str] = ()) -> list[Resources]:
-    """Compile every declared instantiation for `arch`, with neither a GPU nor a driver.
-
-    Args:
-        arch: such as ``"sm_90"``.
-        stems: only these files; all by default.
-
-    Raises:
-        RuntimeError: something does not compile, spills, or uses local memory.
-    """
-    found: list[Resources] = []
-    for stem, expressions in instantiations(stems):
-        found += compile_source(stem, expressions, arch)
-    wasteful = [resources for resources in found if resources.spills or resources.stack]
-    if wasteful:
-        raise RuntimeError("kernels use local memory:\n  " + "\n  ".join(map(str, wasteful)))
-    return found
-
-
-def warmup(stems: Sequence[str] = ()) -> int:
-    """Compile every declared instantiation for the current GPU, into CuPy's disk cache. Returns how many."""
-    count = 0
-    for stem, expressions in instantiations(stems):
-        for expression in expressions:
-            load(stem, expression)
-            count += 1
-    return count
-
-
-def cache_dir() -> Path:
-    """Return CuPy's disk cache, which is shared with everything else that uses CuPy."""
-    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-
-
-def clear() -> Path:
-    """Delete CuPy's disk cache, and return where it was."""
-    shutil.rmtree(cache_dir(), ignore_errors=True)
-    return cache_dir()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the verbs; see the top of this file."""
-    parser = argparse.ArgumentParser(prog="python -m twilight.kernels", description="The CUDA kernels of twilight.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, text in (
-        ("list", "print every instantiation"),
-        ("compile", "compile all without a GPU; fail on spills and local memory"),
-        ("warmup", "compile all for this GPU, into CuPy's disk cache"),
-        ("clear", "delete CuPy's disk cache"),
-    ):
-        sub = verbs.add_parser(verb, help=text)
-        if verb != "clear":
-            sub.add_argument("stems", nargs="*", help="only these files of raw_kernels")
-        if verb == "compile":
-            sub.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"])
-    args = parser.parse_args(argv)
-    if args.verb == "list":
-        for stem, expressions in instantiations(args.stems):
-            print(*(f"{stem}: {expression}" for expression in expressions), sep="\n")
-    elif args.verb == "compile":
-        try:
-            for arch in args.arch:
-                print(*compile_all(arch, args.stems), sep="\n", flush=True)
-        except RuntimeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    elif args.verb == "warmup":
-        print(f"{warmup(args.stems)} kernels ready in {cache_dir()}")
-    else:
-        print(f"deleted {clear()}")
-    return 0
-
-
-if __name__ == "__main__":
-    # Run as a script this file is `__main__`; the operators load kernels through `twilight.kernels`.
-    raise SystemExit(importlib.import_module("twilight.kernels").main())

@@ -149,6 +149,8 @@ def _accepts(value: Any, hint: Any) -> bool:
         return isinstance(value, origin) and _accepts_items(value, origin, args)
     if hint is None or hint is NoneType:
         return value is None
+    if hint is Any:  # a class, since Python 3.11, that isinstance refuses
+        return True
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     # A type that isinstance cannot judge was let in by OmegaConf, whose word it then is.

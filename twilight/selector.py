@@ -49,6 +49,20 @@ class MetadataSpec:
 
 
 @dataclass(frozen=True)
+class PageRanking:
+    """How a selector chooses pages, if it does so by a dot product of the query with vectors kept in 8 bits.
+
+    Attributes:
+        vectors: `(codes, params)` as `twilight.ops.page_scores` takes them, bounds or means of each page; or nothing,
+            if every page is chosen.
+        reduce: how the query heads of a group are combined; see `combine_group`.
+    """
+
+    vectors: tuple[torch.Tensor, ...] = ()
+    reduce: str = "softmax"
+
+
+@dataclass(frozen=True)
 class StateSpec:
     """One tensor that a selector keeps for each row and that is no function of a page's keys.
 
@@ -166,6 +180,14 @@ class Selector:
         """
         raise NotImplementedError(f"{type(self).__name__}.select")
 
+    def ranking(self, layer: LayerCache) -> PageRanking | None:
+        """Say that `select` is a ranking of pages, which one kernel can then do together with the stages after it.
+
+        None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
+        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage.
+        """
+        return None
+
     def finish(
         self, q: torch.Tensor, layer: LayerCache, kept: Selection, out: torch.Tensor, lse: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +223,9 @@ def check_reduce(how: str) -> None:
         raise ValueError(f"reduce: expected {', '.join(map(repr, REDUCTIONS))}, got {how!r}")
 
 
-def combine_group(scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: float = 1.0) -> torch.Tensor:
+def combine_group(
+    scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: float = 1.0, lse: torch.Tensor | None = None
+) -> torch.Tensor:
     """Turn scores of query heads into scores of kv heads.
 
     Args:
@@ -210,6 +234,7 @@ def combine_group(scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: f
         how: ``"softmax"`` adds up each query head's softmax, which keeps most attention mass at equal budget, and
             returns the log of it; ``"sum"`` adds the scores; ``"max"`` takes the largest.
         scale: the factor that makes the scores logits, used by ``"softmax"`` only.
+        lse: `[b, Hq]` float32, the log-sum-exp of each query head's logits if it is known already; likewise.
 
     Returns:
         `[b, Hkv, n]` float32. An entry that no query head scored stays `-inf`.
@@ -222,6 +247,7 @@ def combine_group(scores: torch.Tensor, num_kv_heads: int, how: str, *, scale: f
     check_reduce(how)
     # In logs: a softmax is 0 a hundred below the maximum, and among zeros there is no order to select by.
     logits = grouped * scale
-    log_mass = logits - logits.logsumexp(-1, keepdim=True)
+    total = logits.logsumexp(-1) if lse is None else lse.unflatten(1, (num_kv_heads, -1))
+    log_mass = logits - total.unsqueeze(-1)
     # A row without scores has no softmax: it is all -inf, and stays so.
     return log_mass.masked_fill(grouped == -torch.inf, -torch.inf).logsumexp(2)

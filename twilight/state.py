@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from twilight.checks import check_tensor
 from twilight.geometry import Geometry
 from twilight.selector import StateSpec
 
@@ -26,7 +27,8 @@ class RowState:
         self._heads = {"kv": geometry.num_kv_heads, "query": geometry.num_q_heads}
         self._device = geometry.device
         self._tokens = 0
-        self._before: dict[str, torch.Tensor] = {}
+        self._before: list[tuple[str, torch.Tensor | None, torch.Tensor]] = []
+        """What the step has replaced, in order: name, which entries (None: all of them), values."""
         self._tensors = {spec.name: self._fresh(spec, num_rows) for spec in specs}
 
     @property
@@ -54,37 +56,68 @@ class RowState:
         length: int,
         *,
         undo: bool,
+        entries: torch.Tensor | None = None,
     ) -> None:
-        """Replace what `read` returned, in rows that have new tokens and up to each row's end.
+        """Replace what `read` returned, or some entries of it, in rows that have new tokens and up to each row's end.
 
         Args:
             name: which tensor.
-            value: shaped as `read` returned it.
+            value: shaped as `read` returned it; `[b, H, m, *shape]` if `entries` are given.
             seq_lens, new_tokens: `[b]` int32.
             length: as for `read`.
             undo: keep what was there, for `restore`.
+            entries: `[b, m]` int64, which to replace, none of a row twice; -1 for nothing.
         """
         here = self.read(name, length)
-        if value.shape != here.shape:
-            raise ValueError(f"{name}: expected shape {list(here.shape)}, got {list(value.shape)}")
-        if undo and name not in self._before:
-            self._before[name] = self._tensors[name].clone()
         spec, rows = self._specs[name], len(here)
+        if entries is not None:
+            self._write_entries(name, value, entries, seq_lens, new_tokens, undo=undo)
+            return
+        check_tensor(name, value, here.shape)
+        if undo and not any(which is None and done == name for done, which, _ in self._before):
+            self._before.append((name, None, self._tensors[name].clone()))
         moves = (new_tokens > 0).view(rows, *[1] * (here.ndim - 1))
         if spec.per == "token":
-            entries = here.shape[2]
-            starts = torch.arange(entries, device=here.device) * spec.stride
-            moves = moves & (starts < seq_lens[:, None]).view(rows, 1, entries, *[1] * (here.ndim - 3))
+            count = here.shape[2]
+            starts = torch.arange(count, device=here.device) * spec.stride
+            moves = moves & (starts < seq_lens[:, None]).view(rows, 1, count, *[1] * (here.ndim - 3))
         here.copy_(torch.where(moves, value.to(here.dtype), here))
+
+    def _write_entries(
+        self,
+        name: str,
+        value: torch.Tensor,
+        entries: torch.Tensor,
+        seq_lens: torch.Tensor,
+        new_tokens: torch.Tensor,
+        *,
+        undo: bool,
+    ) -> None:
+        spec, tensor = self._specs[name], self._tensors[name]
+        if spec.per != "token":
+            raise ValueError(f"entries: '{name}' has one entry a row; leave them out")
+        check_tensor("entries", entries, (len(tensor), None), dtype=torch.int64)
+        check_tensor(name, value, (*tensor.shape[:2], entries.shape[1], *spec.shape))
+        moves = (new_tokens > 0)[:, None] & (entries >= 0) & (entries * spec.stride < seq_lens[:, None])
+        # What is not to be written goes to the spare entry at the end, which nobody reads.
+        target = entries.where(moves, torch.full_like(entries, tensor.shape[2] - 1))
+        index = target.view(len(tensor), 1, -1, *[1] * len(spec.shape)).expand(value.shape)
+        if undo:
+            self._before.append((name, index, tensor.gather(2, index)))
+        tensor.scatter_(2, index, value.to(tensor.dtype))
 
     def commit(self) -> None:
         """Forget what was there before the step."""
-        self._before = {}
+        self._before = []
 
     def restore(self) -> None:
-        """Put back what was there before the step."""
-        self._tensors |= self._before
-        self._before = {}
+        """Put back what was there before the step, where it was to be kept."""
+        for name, index, old in reversed(self._before):
+            if index is None:
+                self._tensors[name] = old
+            else:
+                self._tensors[name].scatter_(2, index, old)
+        self._before = []
 
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens."""
@@ -94,7 +127,7 @@ class RowState:
         for name, spec in self._specs.items():
             if spec.per == "token":
                 new = self._fresh(spec, old[name].shape[0])
-                new[:, :, : old[name].shape[2]] = old[name]
+                new[:, :, : old[name].shape[2] - 1] = old[name][:, :, :-1]
                 self._tensors[name] = new
 
     def fork(self, source: int, target: int) -> None:
@@ -121,6 +154,6 @@ class RowState:
         self._tensors = {name: tensor[which] for name, tensor in self._tensors.items()}
 
     def _fresh(self, spec: StateSpec, rows: int) -> torch.Tensor:
-        entries = (-(-self._tokens // spec.stride),) if spec.per == "token" else ()
+        entries = (-(-self._tokens // spec.stride) + 1,) if spec.per == "token" else ()
         shape = (rows, self._heads[spec.heads], *entries, *spec.shape)
         return torch.full(shape, spec.fill, dtype=spec.dtype, device=self._device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def test_wrong_blocks_are_named(tmp_path):
 def test_report_prints_a_table_with_what_it_is_of(capsys):
     assert main(["report", str(RESULTS), "--table", "stages", "--cells", "64:32k"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{RESULTS}: NVIDIA H200, torch 2.11.0+cu130, ")
-    assert "kernels f5c00d6a8782b2fa" in said
-    assert said.count("\n| 64 | 32k |") == 3
+    result = json.loads(RESULTS.read_text())
+    assert said.startswith(f"{RESULTS}: NVIDIA H200, twilight ")
+    assert f"torch {result['versions']['torch']}, " in said and f"kernels {result['raw_kernels']}" in said
+    cell = next(cell for cell in result["cells"] if (cell["batch"], cell["length"]) == (64, 32768))
+    assert said.count("\n| 64 | 32k |") == len(cell["methods"])

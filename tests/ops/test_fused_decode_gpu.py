@@ -18,8 +18,12 @@ class Case(Paged):
     def __init__(self, lengths, *, vectors=2, share=0.25, **sizes):
         super().__init__(lengths, **sizes)
         self.v_pages = torch.randn_like(self.k_pages)
-        bounds = ops.quantize_bounds(self.k_pages.amax(2), self.k_pages.amin(2))
-        self.vectors = {0: (), 2: bounds}[vectors]
+        full = torch.ones(len(self.k_pages), self.page, dtype=torch.bool, device="cuda")
+        self.vectors = {
+            0: (),
+            1: ops.page_means(self.k_pages, full, 8),
+            2: ops.quantize_bounds(self.k_pages.amax(2), self.k_pages.amin(2)),
+        }[vectors]
         tokens = (self.seq_lens.double() * share).ceil().clamp(min=1).minimum(self.seq_lens.double()).int()
         longest = max(1, int(max(lengths) * share + 1))
         self.budget = Budget(tokens[:, None].expand(-1, self.heads).contiguous(), longest)
@@ -98,7 +102,7 @@ def check(case, p, *, reduce="softmax"):
     return got
 
 
-@pytest.mark.parametrize("vectors", [0, 2])
+@pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
 @pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])

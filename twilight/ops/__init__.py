@@ -6,6 +6,7 @@ from twilight.ops.attention_weights import attention_weights
 from twilight.ops.budget import budget
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.fused_decode import fused_decode
+from twilight.ops.label_scores import label_scores
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.paging import new_positions
@@ -31,6 +32,7 @@ __all__ = [
     "fused_decode",
     "keep_all",
     "key_labels",
+    "label_scores",
     "merge",
     "new_positions",
     "page_bounds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Literal
 
 import torch
@@ -179,18 +180,19 @@ def _cuda(
     b, steps, kv_heads, dim = k.shape
     page_size = k_pages.shape[2]
     # A lane reads 16 bytes at a time.
-    k, v = (t if t.stride(-1) == 1 and _aligned(t) else t.contiguous() for t in (k, v))
+    k, v = (t if _aligned(t) else t.contiguous() for t in (k, v))
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
     rule = _RULES.index(None if summary is None else (summary.rule, summary.bits))
-    kernel = kernels.load("append", f"append<{_HALVES[k.dtype]}, {dim}, {rule}>", device=k.device)
+    kernel = _kernel(k.dtype, dim, rule, k.get_device())
     places: list[int | None] = [None, None]
     if summary is not None:
         places[: len(summary.tensors)] = (part.data_ptr() for part in summary.tensors)
     channels = None if summary is None or summary.channels is None else summary.channels.contiguous()
     params = AppendParams(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr() or None,
-        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places, None if channels is None else channels.data_ptr(),
+        page_table.data_ptr(), seq_lens.data_ptr(), new_tokens.data_ptr(), *places,
+        None if channels is None else channels.data_ptr(),
         k.stride()[:3], v.stride()[:3], b, kv_heads, page_table.shape[1], page_size, pages_per_row,
         0 if channels is None else channels.shape[1],
     )  # fmt: skip
@@ -198,5 +200,11 @@ def _cuda(
     kernel.launch((-(-tasks // _WARPS), 1, 1), (32 * _WARPS, 1, 1), params)
 
 
+@functools.cache
+def _kernel(dtype: torch.dtype, dim: int, rule: int, device: int) -> kernels.Kernel:
+    return kernels.load("append", f"append<{_HALVES[dtype]}, {dim}, {rule}>", device=device)
+
+
 def _aligned(tensor: torch.Tensor) -> bool:
-    return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:3])
+    row, token, head, channel = tensor.stride()
+    return channel == 1 and (row | token | head) % 8 == 0 and tensor.data_ptr() % 16 == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Literal
 
 import torch
@@ -73,6 +74,11 @@ def _cuda(
         seq_lens.data_ptr(), tokens.data_ptr(), pages.data_ptr(), fraction, number, min(min_tokens, 2**31 - 1),
         len(seq_lens), num_kv_heads, page_size,
     )  # fmt: skip
-    kernel = kernels.load("budget", INSTANTIATIONS[0], device=seq_lens.device)
+    kernel = _kernel(seq_lens.get_device())
     kernel.launch((-(-rows // _THREADS), 1, 1), (_THREADS, 1, 1), params)
     return tokens, pages
+
+
+@functools.cache
+def _kernel(device: int) -> kernels.Kernel:
+    return kernels.load("budget", INSTANTIATIONS[0], device=device)

@@ -97,8 +97,7 @@ def dense_attention(
     steps = q.shape[1]
     if kernels.use_kernel(backend, q.device, _unsupported(q, k_pages, v_pages, new_tokens)):
         scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-        out, lse = launch_attention(q.squeeze(1), k_pages, v_pages, page_table, seq_lens, None, scale)
-        return out.unsqueeze(1), lse.unsqueeze(1)
+        return launch_attention(q, k_pages, v_pages, page_table, seq_lens, None, scale)
     if max_seq_len == 0:
         return torch.zeros_like(q), torch.full(q.shape[:3], -torch.inf, device=q.device)
     counts = torch.full_like(seq_lens, steps) if new_tokens is None else new_tokens

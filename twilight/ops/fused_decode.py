@@ -8,6 +8,7 @@ memory; see raw_kernels/fused_decode.cu.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 
 from twilight import kernels
 from twilight.budget import Budget
+from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
 from twilight.ops.page_scores import page_scores
 from twilight.ops.scratch import shared_memory
 from twilight.ops.sparse_attention import sparse_attention
@@ -23,9 +25,10 @@ from twilight.ops.spgemv import estimate_scores
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import Pruned, top_p
 from twilight.selection import Selection
+from twilight.selector import check_reduce
 
 _DIMS = (64, 128, 256)
-_HALVES = {torch.float16: "half", torch.bfloat16: "bf16"}
+_HALVES = (torch.float16, torch.bfloat16)
 _MAX_CLUSTER = 16
 _REDUCTIONS = ("softmax", "sum", "max")
 
@@ -48,8 +51,8 @@ class FusedDecodeParams(ctypes.Structure):
 
 STRUCTS = (FusedDecodeParams,)
 INSTANTIATIONS = tuple(
-    f"fused_decode<{kind}, {dim}, {tiles}, {vectors}, {warps}>"
-    for kind in _HALVES.values() for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
+    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}>"
+    for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
     if dim < 256 or warps == 8
 )  # fmt: skip
 
@@ -107,10 +110,17 @@ def fused_decode(
         lists: return the indices too, not only how many there are.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
+    check_tensor("q", q, (seq_lens.shape[0], None, k_pages.shape[-1]), dtype=FLOAT_DTYPES)
+    check_tensor("v_pages", v_pages, k_pages.shape, dtype=k_pages.dtype)
+    check_p(p)
+    check_reduce(reduce)
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[1]}")
+    if len(vectors) not in (0, 2) or (vectors and budget is None):
+        raise ValueError(f"vectors: expected (codes, params) and a budget, or nothing, got {len(vectors)} and {budget}")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    reason = unsupported(q, k_pages, shadow, vectors, page_table, budget)
-    if kernels.use_kernel(backend, q.device, reason):
-        pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
+    pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
+    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget)):
         return _cuda(q, *pages, budget, p, scale, reduce, lists)
     page_size = k_pages.shape[2]
     if vectors:
@@ -139,9 +149,11 @@ def fused_decode(
 def unsupported(
     q: torch.Tensor,
     k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
     shadow: torch.Tensor,
     vectors: Sequence[torch.Tensor],
     page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
     budget: Budget | None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
@@ -152,11 +164,13 @@ def unsupported(
         return f"head_dim is {dim}; the kernel is made for {', '.join(map(str, _DIMS))}"
     if group > 8:
         return f"a group has {group} query heads; the kernel takes up to 8"
+    if q.shape[0] * k_pages.shape[1] > 65535:
+        return f"{q.shape[0] * k_pages.shape[1]} rows are more than a grid's 65535"
     if page_size not in (16, 32):
         return f"page_size is {page_size}; the kernel takes 16 and 32"
     if vectors and (vectors[0].dtype != torch.uint8 or vectors[0].shape[-1] not in (dim, 2 * dim)):
         return "the vectors of the pages are not kept in 8 bits"
-    if not all(part.is_contiguous() for part in (k_pages, shadow, *vectors)):
+    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *vectors)):
         return "the pages are not contiguous"
     if q.is_cuda:
         shape = _shape(q, k_pages, vectors, page_table, budget)
@@ -190,31 +204,53 @@ class _Plan:
     smem: int
 
 
+@functools.lru_cache(maxsize=1024)
 def _plan(
     rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
 ) -> _Plan | None:
-    """Cut rows so that they fill the GPU once, or more often if they are many; None if a row fits no cluster."""
+    """Return the cut that should take least time on a device; None if a row fits no cluster."""
     block_limit, total = shared_memory(index)
-    sizes = (1, 2, 4, 8, 16) if torch.cuda.get_device_capability(index) >= (9, 0) else (1,)
-    sms = kernels.num_sms(index)
-    # One block of 16 warps a multiprocessor. Clusters of 8 and 16 find no more than 7 eighths of them free together.
-    least = max((c for c in sizes if rows * c <= sms and c <= 8), default=1)
-    fallback = None
-    for cluster in (c for c in sizes if c >= least):
-        warps = 16 if rows * cluster <= sms and dim < 256 else 8  # 256 channels need the registers of 16 warps for 8
-        pages = -(-max_pages // (16 * cluster)) * 16
-        entries = -(-capacity // cluster)
-        plan = _Plan(
-            cluster, warps, pages, entries, _smem(pages, entries, group, dim, vectors, page_size, cluster, warps)
-        )
-        alone = warps == 16 or dim == 256
-        if plan.smem <= (block_limit if alone else min(total, _SMEM_OF_TWO) // 2) - _STATIC_SMEM:
-            return plan
-        if plan.smem <= block_limit - _STATIC_SMEM and fallback is None:
-            fallback = plan
-    return fallback
+    clusters = torch.cuda.get_device_capability(index) >= (9, 0)
+    shape = (rows, max_pages, capacity, group, dim, vectors, page_size)
+    return _cut(*shape, num_sms=kernels.num_sms(index), block_limit=block_limit, total=total, clusters=clusters)
 
 
+def _cut(
+    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int,
+    *, num_sms: int, block_limit: int, total: int, clusters: bool,
+) -> _Plan | None:  # fmt: skip
+    """Choose among blocks of a cluster and warps of a block by what a wave of blocks takes.
+
+    A block streams its share of the row and then searches in it, and its neighbour does the same at the same time. On
+    an H200: 32 bytes a nanosecond a multiprocessor, 24 for 8 warps alone; 25 us of searching for 16 warps, 30 for 8,
+    and 0.6 a block of a cluster for its barriers. Fitted to what was measured from b=1 at 32k to b=64, whose cuts the
+    sums put in the right order.
+    """
+    best, least = None, float("inf")
+    for cluster in _FITTING if clusters else (1,):
+        pages, entries = -(-max_pages // (16 * cluster)) * 16, -(-capacity // cluster)
+        tokens = entries * page_size
+        # Of what is chosen, a sixteenth is attended to.
+        size = vectors * dim * pages + tokens * (dim // 2 + 4) + tokens // 16 * 4 * dim
+        for warps, resident in ((16, 1), (8, 2)):
+            if dim == 256:
+                warps, resident = 8, 1  # 256 channels need the registers of 16 warps for 8
+            smem = _smem(pages, entries, group, dim, vectors, page_size, cluster, warps)
+            limit = min(total, _SMEM_OF_TWO) // 2 if resident == 2 else block_limit
+            if smem > limit - _STATIC_SMEM:
+                continue
+            at_once = min(rows, int(_FITTING[cluster] * num_sms * resident) // cluster)
+            together = -(-at_once * cluster // num_sms)
+            waves = -(-rows // max(at_once, 1))
+            streams = size * max(together / 32e3, 1 / (32e3 if warps == 16 else 24e3))
+            time = waves * (streams + (25 if warps == 16 else 30) + 0.6 * cluster)
+            if time < least:
+                best, least = _Plan(cluster, warps, pages, entries, smem), time
+    return best
+
+
+_FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
+"""Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
 _STATIC_SMEM = 6144
 """What the kernel takes besides, at most, and what the GPU keeps for itself."""
 _SMEM_OF_TWO = 196 * 1024
@@ -251,27 +287,23 @@ def _cuda(
     b, q_heads, dim = q.shape
     shape = _shape(q, k_pages, vectors, page_table, budget)
     rows, max_pages, capacity, group, _, count, page_size = shape
-    kv_heads, index, device = rows // b, q.get_device(), q.device
+    kv_heads, index, device = k_pages.shape[1], q.get_device(), q.device
     plan = _plan(*shape, index)
     assert plan is not None
     n = capacity * page_size
-    counts = torch.empty(2 * rows + b * q_heads, dtype=torch.int32, device=device)
-    candidate_lengths, kept_lengths = counts[:rows].view(b, -1), counts[rows : 2 * rows].view(b, -1)
-    per_query_head = counts[2 * rows :].view(b, -1)
-    mass, lse = torch.empty((2, b, q_heads), dtype=torch.float32, device=device)
+    # An allocation each: two views of one take longer.
+    candidate_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
+    kept_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
+    per_query_head = torch.empty((b, q_heads), dtype=torch.int32, device=device)
+    mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
+    lse = torch.empty((b, q_heads), dtype=torch.float32, device=device)
     candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
     kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
     out = torch.empty((b, q_heads, dim), dtype=q.dtype, device=device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
-    kernel = kernels.load(
-        "fused_decode",
-        f"fused_decode<{_HALVES[q.dtype]}, {dim}, {1 if group <= 4 else 2}, {count}, {plan.warps}>",
-        max_dynamic_smem=shared_memory(index)[0] - _STATIC_SMEM,
-        max_cluster=_MAX_CLUSTER,
-        device=device,
-    )
+    kernel = _kernel(dim, group, count, plan.warps, index)
     sms = kernels.num_sms(index)
     params = FusedDecodeParams(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
@@ -281,10 +313,17 @@ def _cuda(
         kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, sms if plan.cluster == 1 and rows > sms else 0,
+        plan.entries, sms if plan.cluster == 1 and plan.warps == 8 and dim < 256 and rows > sms else 0,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
     return FusedDecode(
         out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass),
         Selection(candidates, candidate_lengths, page_size),
     )  # fmt: skip
+
+
+@functools.cache
+def _kernel(dim: int, group: int, vectors: int, warps: int, device: int) -> kernels.Kernel:
+    expression = f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}>"
+    smem = shared_memory(device)[0] - _STATIC_SMEM
+    return kernels.load("fused_decode", expression, max_dynamic_smem=smem, max_cluster=_MAX_CLUSTER, device=device)

@@ -23,6 +23,7 @@ when it is written, and mended by one code where a division was rounded the wron
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -212,24 +213,13 @@ def _cuda(
     packed, count = _packed(vectors), 1 if _means(vectors, dim) else 2
     out = torch.empty((b, q_heads, num_pages), dtype=torch.float32, device=q.device)
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
-    record = count * dim + 4 if packed else count * dim * q.element_size()
-    # As many heads a block as give it about 2 KB of each page: 33 KB for 16 pages.
-    heads = next(h for h in (8, 4, 2, 1) if kv_heads % h == 0 and (h == 1 or h * record <= _RUN))
-    quads = -(-heads * record // 16)
-    page_words = 4 * (quads | 1)  # an odd number of 16 bytes: no bank conflicts between the 8 rows of a fragment
+    kind = "u8" if packed else _HALVES[q.dtype]
+    kernel, heads, page_words = _kernel(kind, dim, count, kv_heads, group, q.get_device())
     tiles = -(-num_pages // 16)
     rows = b * (kv_heads // heads)
     # What fits the GPU at once; a block for every tile if there are fewer.
     blocks = min(kernels.num_sms(q.get_device()) * _WARPS_PER_SM // heads, rows * tiles)
-    kind = "u8" if packed else _HALVES[q.dtype]
-    column_tiles = (1 if group <= 4 else 2 if group <= 8 else 4) if packed else (1 if group <= 8 else 2)
     smem = _STAGES * 16 * page_words * 4
-    kernel = kernels.load(
-        "page_scores",
-        f"page_scores<{kind}, {dim}, {count}, {column_tiles}, {_STAGES}>",
-        max_dynamic_smem=_max_smem(),
-        device=q.device,
-    )
     params = PageScoresParams(
         q.data_ptr(), vectors[0].data_ptr(), None if packed else vectors[-1].data_ptr(),
         vectors[1].data_ptr() if packed else None, page_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(),
@@ -239,5 +229,16 @@ def _cuda(
     return out
 
 
-def _max_smem() -> int:
-    return _STAGES * 16 * (_RUN + 16)
+@functools.cache
+def _kernel(kind: str, dim: int, count: int, kv_heads: int, group: int, device: int) -> tuple[kernels.Kernel, int, int]:
+    """Return the kernel, the kv heads of a block, and the words between two pages of a tile in shared memory."""
+    packed = kind == "u8"
+    record = count * dim + 4 if packed else 2 * count * dim
+    # As many heads a block as give it about 2 KB of each page: 33 KB for 16 pages.
+    heads = next(h for h in (8, 4, 2, 1) if kv_heads % h == 0 and (h == 1 or h * record <= _RUN))
+    quads = -(-heads * record // 16)
+    page_words = 4 * (quads | 1)  # an odd number of 16 bytes: no bank conflicts between the 8 rows of a fragment
+    tiles = (1 if group <= 4 else 2 if group <= 8 else 4) if packed else (1 if group <= 8 else 2)
+    most = _STAGES * 16 * (_RUN + 16)
+    expression = f"page_scores<{kind}, {dim}, {count}, {tiles}, {_STAGES}>"
+    return kernels.load("page_scores", expression, max_dynamic_smem=most, device=device), heads, page_words

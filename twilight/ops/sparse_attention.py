@@ -168,12 +168,15 @@ def launch_attention(
     config: tuple[int, int, int] | None = None,
     min_tiles: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel over `selection`, or over all tokens if it is None. See `sparse_attention`."""
-    b, q_heads, dim = q.shape
+    """Run the kernel over `selection`, or over all tokens if it is None. See `sparse_attention`.
+
+    Here q may be `[b, 1, Hq, d]`, and the results are shaped alike.
+    """
+    b, q_heads, dim = q.shape[0], q.shape[-2], q.shape[-1]
     kv_heads, page_size = k_pages.shape[1:3]
     group = q_heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((b, q_heads), dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     warps, stages, per_sm = config or choose_config(dim, q.get_device())
     blocks = kernels.num_sms(q.get_device()) * per_sm
     rows = b * kv_heads * -(-group // HEADS_PER_ROW)
@@ -183,7 +186,6 @@ def launch_attention(
     counter = counters(q.device, rows)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
-    dtype = "half" if q.dtype == torch.float16 else "bf16"
     params = AttentionParams(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         None, None, None, out.data_ptr(), lse.data_ptr(), partial.data_ptr(), state, counter.data_ptr(),
@@ -191,16 +193,23 @@ def launch_attention(
         warps if min_tiles is None else min_tiles,
     )  # fmt: skip
     if selection is None:
-        stem, expression = "dense_attention", f"dense_attention<{dtype}, {dim}, {warps}, {stages}>"
+        kernel = _kernel("dense_attention", q.dtype, dim, warps, stages, "", q.get_device())
     else:
         indices, lengths = selection.indices.contiguous(), selection.lengths.contiguous()
         weights = None if selection.log_weight is None else selection.log_weight.contiguous()
         params.indices, params.lengths = indices.data_ptr(), lengths.data_ptr()
         params.log_weight = None if weights is None else weights.data_ptr()
         params.capacity, params.granularity_shift = selection.capacity, selection.granularity.bit_length() - 1
-        weighted = "false" if weights is None else "true"
-        stem, expression = "sparse_attention", f"sparse_attention<{dtype}, {dim}, {warps}, {stages}, {weighted}>"
-    smem = ring_bytes(dim, warps, stages)
-    kernel = kernels.load(stem, expression, max_dynamic_smem=smem, device=q.device)
-    kernel.launch((blocks, 1, 1), (32 * warps, 1, 1), params, smem)
+        weighted = ", false" if weights is None else ", true"
+        kernel = _kernel("sparse_attention", q.dtype, dim, warps, stages, weighted, q.get_device())
+    kernel.launch((blocks, 1, 1), (32 * warps, 1, 1), params, ring_bytes(dim, warps, stages))
     return out, lse
+
+
+@functools.cache
+def _kernel(
+    stem: str, dtype: torch.dtype, dim: int, warps: int, stages: int, weighted: str, device: int
+) -> kernels.Kernel:
+    kind = "half" if dtype == torch.float16 else "bf16"
+    expression = f"{stem}<{kind}, {dim}, {warps}, {stages}{weighted}>"
+    return kernels.load(stem, expression, max_dynamic_smem=ring_bytes(dim, warps, stages), device=device)

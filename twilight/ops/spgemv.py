@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Literal
 
 import torch
@@ -152,10 +153,8 @@ def _cuda(
     tiles = -(-slots // 16)
     # What fits the GPU at once; a warp for every tile if there are fewer.
     blocks = min(kernels.num_sms(q.get_device()) * _BLOCKS_PER_SM, -(-b * kv_heads * tiles // _WARPS))
-    column_tiles = 1 if group <= 4 else 2 if group <= 8 else 4
     paged = page_size if granularity == page_size and page_size in (16, 32) else 0
-    kind = "half" if out_dtype == torch.float16 else "float"
-    kernel = kernels.load("spgemv", f"spgemv<{kind}, {dim}, {column_tiles}, {paged}>", device=q.device)
+    kernel = _kernel(out_dtype, dim, group, paged, q.get_device())
     params = SpgemvParams(
         q.data_ptr(), shadow.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(), indices.data_ptr(),
         lengths.data_ptr(), None if log_weight is None else log_weight.data_ptr(), out.data_ptr(),
@@ -164,3 +163,10 @@ def _cuda(
     )  # fmt: skip
     kernel.launch((blocks, 1, 1), (32 * _WARPS, 1, 1), params)
     return out
+
+
+@functools.cache
+def _kernel(out_dtype: torch.dtype, dim: int, group: int, paged: int, device: int) -> kernels.Kernel:
+    kind = "half" if out_dtype == torch.float16 else "float"
+    tiles = 1 if group <= 4 else 2 if group <= 8 else 4
+    return kernels.load("spgemv", f"spgemv<{kind}, {dim}, {tiles}, {paged}>", device=device)

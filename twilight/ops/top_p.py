@@ -8,6 +8,7 @@ at least one is kept. A kv head then keeps what any query head of its group keep
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,6 +157,7 @@ def _unsupported(logits: torch.Tensor, candidates: Selection) -> str | None:
     return None
 
 
+@functools.lru_cache(1024)
 def _plan(rows: int, n: int, group: int, element: int, index: int) -> tuple[int, bool, int, int]:
     """Return (cluster, whether logits fit shared memory, slice capacity, bytes of shared memory)."""
     budget = shared_memory(index)[0] - 4096
@@ -184,8 +186,9 @@ def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
     kv_heads, device = candidates.indices.shape[1], logits.device
     group = q_heads // kv_heads
     kept = torch.empty((b, kv_heads, n), dtype=torch.int32, device=device)
-    counts = torch.empty(b * (kv_heads + q_heads), dtype=torch.int32, device=device)
-    kept_lengths, per_query_head = counts[: b * kv_heads].view(b, -1), counts[b * kv_heads :].view(b, -1)
+    # An allocation each: two views of one take longer.
+    kept_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
+    per_query_head = torch.empty((b, q_heads), dtype=torch.int32, device=device)
     mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
     weights = None if candidates.log_weight is None else candidates.log_weight.contiguous()
     kept_weights = None if weights is None else torch.empty((b, q_heads, n), dtype=torch.float32, device=device)
@@ -197,8 +200,7 @@ def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
     # A warp works for one query head: groups that divide 12 warps.
     small = kind == "half" and cluster == 1 and shared and group in (1, 2, 3, 4, 6, 12)
     threads = _THREADS_SMALL if small else _THREADS
-    expression = f"top_p<{kind}, {threads}, {cluster}, {'true' if shared else 'false'}>"
-    kernel = kernels.load("top_p", expression, max_dynamic_smem=shared_memory(index)[0] - 4096, device=device)
+    kernel = _kernel(kind, threads, cluster, shared, index)
     params = TopPParams(
         logits.data_ptr(), indices.data_ptr(), lengths.data_ptr(), None if weights is None else weights.data_ptr(),
         kept.data_ptr(), kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
@@ -208,3 +210,9 @@ def _cuda(logits: torch.Tensor, candidates: Selection, p: float) -> Pruned:
     )  # fmt: skip
     kernel.launch((cluster, b * kv_heads, 1), (threads, 1, 1), params, smem)
     return Pruned(Selection(kept, kept_lengths, 1, kept_weights), per_query_head, mass)
+
+
+@functools.cache
+def _kernel(kind: str, threads: int, cluster: int, shared: bool, device: int) -> kernels.Kernel:
+    expression = f"top_p<{kind}, {threads}, {cluster}, {'true' if shared else 'false'}>"
+    return kernels.load("top_p", expression, max_dynamic_smem=shared_memory(device)[0] - 4096, device=device)

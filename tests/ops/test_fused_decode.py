@@ -1,0 +1,148 @@
+"""Fused decode's reference against numpy in float64: every stage written out once more, on its own bytes."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from tests.caches import fill
+from twilight import Geometry, ops
+from twilight.budget import Budget
+from twilight.ops.quantize import split_shadow, unpack
+from twilight_selectors.quest import Quest
+
+fused = sys.modules["twilight.ops.fused_decode"]  # `ops.fused_decode` is the function
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def row_by_hand(q, k, v, codes, params, bounds, bound_params, budget, p, page):
+    """One sequence and kv head: q `[G, d]`, k and v `[n, d]`, 4-bit codes of its tokens, 8-bit bounds of its pages."""
+    d, n = q.shape[1], len(k)
+    pages = -(-n // page)
+    share = np.zeros(pages)
+    scores = []
+    for head in q:
+        high = bounds[:, :d] * bound_params[:, :1] + bound_params[:, 1:]
+        low = bounds[:, d:] * bound_params[:, :1] + bound_params[:, 1:]
+        scores.append(np.maximum(head * high, head * low).sum(-1) / np.sqrt(d))
+        share += softmax(scores[-1])
+    share[-1] = np.inf
+    chosen = sorted(np.argsort(-share, kind="stable")[: min(pages, budget)])
+    tokens = [t for c in chosen for t in range(c * page, min(n, c * page + page))]
+    keys = codes[tokens] * params[tokens, :1] + params[tokens, 1:]
+    union, counts = set(), []
+    for head in q:
+        logits = (keys @ head / np.sqrt(d)).astype(np.float16).astype(np.float64)
+        weights = softmax(logits)
+        order = np.sort(weights)[::-1]
+        least = order[min(np.searchsorted(order.cumsum(), p), len(order) - 1)]
+        mine = {t for t, w in zip(tokens, weights, strict=True) if w >= least}
+        counts.append(len(mine))
+        union |= mine
+    kept = sorted(union)
+    out = [softmax(k[kept] @ head / np.sqrt(d)) @ v[kept] for head in q]
+    lse = [np.log(np.exp(k[kept] @ head / np.sqrt(d)).sum()) for head in q]
+    return chosen, kept, counts, np.array(out), np.array(lse)
+
+
+@pytest.mark.parametrize("p", [0.5, 0.9])
+@pytest.mark.parametrize("page", [16, 32])
+def test_is_every_stage_after_the_other(p, page):
+    lengths = [300, 1, 47]
+    geometry = Geometry(1, 6, 2, 64, page_size=page, dtype=torch.float32, device=torch.device("cpu"))
+    cache, keys, values = fill(geometry, lengths, Quest())
+    layer = cache.layers[0]
+    q = 3 * torch.randn(3, 6, 64)
+    tokens = torch.tensor([[100, 40], [1, 1], [20, 47]], dtype=torch.int32)
+    bounds = (layer.metadata("bounds"), layer.metadata("bounds_params"))
+    got = ops.fused_decode(
+        q, layer.k_pages, layer.v_pages, layer.shadow, bounds, layer.page_table, layer.seq_lens, Budget(tokens, 100), p
+    )
+    codes, params = (part.double().numpy() for part in map_shadow(layer.shadow, page))
+    for row, n in enumerate(lengths):
+        table = layer.page_table[row, : -(-n // page)].long().numpy()
+        for head in range(2):
+            mine = slice(3 * head, 3 * head + 3)
+            chosen, kept, counts, out, lse = row_by_hand(
+                q[row, mine].double().numpy(), keys[0][row, :n, head].double().numpy(),
+                values[0][row, :n, head].double().numpy(), codes[table, head].reshape(-1, 64)[:n],
+                params[table, head].reshape(-1, 2)[:n], bounds[0][table, head].double().numpy(),
+                bounds[1][table, head].double().numpy(), -(-int(tokens[row, head]) // page), p, page,
+            )  # fmt: skip
+            assert got.candidates.indices[row, head, : got.candidates.lengths[row, head]].tolist() == chosen
+            selection = got.pruned.selection
+            assert selection.indices[row, head, : selection.lengths[row, head]].tolist() == kept
+            assert got.pruned.per_query_head[row, mine].tolist() == counts
+            np.testing.assert_allclose(got.out[row, mine].double().numpy(), out, atol=2e-5)
+            np.testing.assert_allclose(got.lse[row, mine].double().numpy(), lse, atol=2e-5)
+
+
+def map_shadow(shadow, page):
+    codes, params = split_shadow(shadow, page)
+    return unpack(codes), params
+
+
+def test_refuses_what_does_not_go_together():
+    geometry = Geometry(1, 4, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
+    cache, _, _ = fill(geometry, [20], Quest())
+    layer = cache.layers[0]
+    q = torch.randn(1, 4, 64)
+    pages = (layer.k_pages, layer.v_pages, layer.shadow)
+    bounds = (layer.metadata("bounds"), layer.metadata("bounds_params"))
+    with pytest.raises(ValueError, match="vectors: expected"):
+        ops.fused_decode(q, *pages, bounds, layer.page_table, layer.seq_lens, None, 0.9)
+    with pytest.raises(ValueError, match="p: "):
+        ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 1.5)
+    with pytest.raises(ValueError, match="multiple of 2 heads"):
+        ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
+
+
+H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "clusters": True}
+
+
+@pytest.mark.parametrize(
+    "batch,length,cluster,warps",
+    [
+        (1, 32768, 8, 16),
+        (1, 131072, 8, 16),
+        (8, 32768, 2, 16),
+        (32, 32768, 1, 8),
+        (64, 32768, 1, 8),
+        (32, 131072, 2, 16),
+    ],
+)
+def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps):
+    # Measured: each against its neighbours, but for the last, which follows from the same arithmetic.
+    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, **H200)
+    assert (plan.cluster, plan.warps) == (cluster, warps)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 2])
+@pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])
+@pytest.mark.parametrize(
+    "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "clusters": False}]
+)
+def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
+    for rows in (1, 8, 100, 2000):
+        for length in (page, 1000, 40000, 300000):
+            pages = -(-length // page)
+            capacity = -(-pages // 4) if vectors else pages
+            plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, **gpu)
+            if plan is None:
+                assert length > 1000 and not gpu["clusters"] or length == 300000
+                continue
+            assert plan.pages * plan.cluster >= pages and plan.pages % 16 == 0
+            assert plan.entries * plan.cluster >= capacity
+            assert plan.smem + fused._STATIC_SMEM <= gpu["block_limit"]
+            assert plan.warps == 8 or dim < 256
+
+
+def test_what_fits_no_cluster_is_for_the_stages():
+    assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, **H200) is None

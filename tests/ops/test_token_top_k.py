@@ -1,0 +1,36 @@
+"""Top-k over long rows: how a row is dealt to blocks. What is selected, tests/ops/test_top_k.py tests."""
+
+from __future__ import annotations
+
+import pytest
+
+from twilight.ops import token_top_k
+
+KEYS = 200 * 1024
+"""Bytes of shared memory for keys, on an H200."""
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+@pytest.mark.parametrize("rows", [1, 8, 64, 512, 4096])
+@pytest.mark.parametrize("n", [1, 8, 1000, 8192, 32768, 131072, 1_000_000])
+def test_slices_cover_a_row_and_blocks_run_together(n: int, rows: int, clusters: bool) -> None:
+    blocks, entries = token_top_k._team(rows, n, KEYS, 132, clusters=clusters)
+    assert entries % 8 == 0 and blocks * entries >= n
+    # No block is without work: the last slice begins inside the row.
+    assert (blocks - 1) * entries < n
+    assert blocks in (1, 2, 4, 8, 16) if clusters else blocks * rows <= max(132, rows)
+    # Keys leave shared memory only where no team is large enough.
+    assert 4 * entries <= KEYS or blocks == 16 or not clusters
+
+
+def test_few_rows_are_spread_and_many_share_a_multiprocessor() -> None:
+    def blocks(rows: int, n: int, clusters: bool = True) -> int:
+        return token_top_k._team(rows, n, KEYS, 132, clusters=clusters)[0]
+
+    assert blocks(8, 131072) == blocks(8, 32768) == 16 and blocks(8, 8192) == 8
+    assert blocks(8, 131072, clusters=False) == 16 and blocks(8, 8192, clusters=False) == 8
+    # Two blocks and what they need beside their keys fit one multiprocessor.
+    for n in (8192, 32768, 131072):
+        of_row, entries = token_top_k._team(512, n, KEYS, 132, clusters=True)
+        assert 2 * (4 * entries + token_top_k._STATIC_SMEM) <= KEYS + token_top_k._STATIC_SMEM
+        assert of_row == {8192: 1, 32768: 2, 131072: 8}[n]
