@@ -148,8 +148,7 @@ def _results_folder() -> Path | None:
 
 
 def _print_summary(found: Sequence[Resources], archs: Sequence[str]) -> None:
-    caption = f"{', '.join(archs)}: registers of a thread at most; seconds of one core"
-    table = Table(box=None, pad_edge=False, caption=caption, caption_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column("file")
     for name in ("instantiations", *archs, "seconds"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -160,6 +159,7 @@ def _print_summary(found: Sequence[Resources], archs: Sequence[str]) -> None:
         seconds = sum(each.seconds for each in of_file)
         table.add_row(f"{stem}.cu", str(len(of_file)), *map(str, most), f"{seconds:.1f}", style=style)
     Console().print(table)
+    print(f"({', '.join(archs)}: registers of a thread at most; seconds of one core)")
 
 
 def _warmup(args: argparse.Namespace) -> int:
