@@ -235,6 +235,32 @@ def test_one_rule_goes_with_whatever_else_there_is(device):
     assert caches[0].layers[1].metadata("largest").any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_step_that_fails_after_append_leaves_no_trace_in_what_append_keeps(device, layer, monkeypatch):
+    geometry = geometry_of(device)
+    caches = [PagedKVCache(geometry, num_rows=2, num_pages=20, selector=Mixed()) for _ in range(2)]
+    for cache in caches:
+        torch.manual_seed(1)
+        for each, (k, v) in zip(cache.layers, tokens(geometry, 2, 21), strict=True):
+            each.append(k, v, [21, 16])
+    summarize = Mixed.summarize
+
+    def fails(self, keys, valid, index):
+        if index == geometry.layer_ids[layer] and valid.sum() > 5:
+            raise RuntimeError("plugin")
+        return summarize(self, keys, valid, index)
+
+    monkeypatch.setattr(Mixed, "summarize", fails)
+    new = tokens(geometry, 2, 3)
+    for each, (k, v) in zip(caches[0].layers[:layer], new, strict=False):
+        each.append(100 * k, v, [3, 3])
+    with pytest.raises(RuntimeError, match="plugin"):
+        caches[0].layers[layer].append(100 * new[layer][0], new[layer][1], [3, 3])
+    assert caches[0].unfinished() == [] and caches[0].table.num_free == caches[1].table.num_free
+    assert_same_metadata(*caches)
+
+
 @dataclass
 class Labelled(Selector):
     """Labels without calibration, of channels that the test gives."""

@@ -203,7 +203,7 @@ class LayerCache:
                 self._summarize(*self._cache._touched(), self._summarized)
         except BaseException:
             # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
-            self._cache.abort()
+            self._cache._abort(self)
             raise
         self._step = self._cache._step
 
@@ -307,17 +307,23 @@ class PagedKVCache:
     def abort(self) -> None:
         """Forget a step that not all layers have appended to, as after an error between two layers."""
         if self.unfinished():
-            done = [layer for layer in self.layers if layer._step == self._step]
+            self._abort()
+
+    def _abort(self, failed: LayerCache | None = None) -> None:
+        # The layer that failed may have brought a part of its metadata up to date. It comes last: it may fail again.
+        done = [layer for layer in self.layers if layer._step == self._step and layer is not failed]
+        for row, new in enumerate(self._pending):
+            self.table.truncate(row, self.table.lengths[row] - new)
+        for layer in self.layers:
+            layer._step = self._step
+            layer._state.restore()
+            for row, length in enumerate(self.table.lengths):
+                layer._state.truncate(row, length)
+        self._upload()
+        for layer in (*done, *([failed] if failed else [])):
             for row, new in enumerate(self._pending):
-                self.table.truncate(row, self.table.lengths[row] - new)
                 if new:
-                    self._summarize_last_page(row, done)
-            for layer in self.layers:
-                layer._step = self._step
-                layer._state.restore()
-                for row, length in enumerate(self.table.lengths):
-                    layer._state.truncate(row, length)
-            self._upload()
+                    self._summarize_last_page(row, [layer])
 
     def fork(self, source: int, target: int) -> None:
         """Let row `target`, which is freed first, continue row `source` from where it is. Pages are shared."""
