@@ -284,6 +284,14 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
         store16(v_page + s * D + channel, vw[i]);
         if constexpr (kBounds) widen(x);
       }
+      if constexpr (kLabel) {
+        __shared__ __align__(16) T s_keys[kWarps][kTokens * D];
+        T* const keys = s_keys[warp_id()];
+        store16(keys + lane * 8, kw[i]);
+        __syncwarp();
+        labels.write(p, keys + which * D, place * size + s, which, part, real);
+        __syncwarp();
+      }
       if (p.shadow == nullptr) continue;
       float top = x[0], bottom = x[0];
       bool nan = false;
@@ -299,14 +307,6 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
       if (real && part < kLanes / 2) {
         *reinterpret_cast<uint2*>(shadow + s * (D / 2) + channel) = make_uint2(codes[0] | other0 << 4, codes[1] | other1 << 4);
         if (part == 0) *reinterpret_cast<u32*>(shadow + size * (D / 2) + s * 4) = pair_bits(quantized.scale, quantized.zero);
-      }
-      if constexpr (kLabel) {
-        __shared__ __align__(16) T s_keys[kWarps][kTokens * D];
-        T* const keys = s_keys[warp_id()];
-        store16(keys + lane * 8, kw[i]);
-        __syncwarp();
-        labels.write(p, keys + which * D, place * size + s, which, part, real);
-        __syncwarp();
       }
     }
   }

@@ -102,10 +102,12 @@ def _expected(rule: str, bits: int | None, head: int, keys: np.ndarray) -> list[
     return [part.tolist() for part in quantized]
 
 
+@pytest.mark.parametrize("shadow", [True, False])
 @pytest.mark.parametrize(("rule", "bits"), RULES)
-def test_summaries_follow_ragged_appends(rule: str, bits: int | None) -> None:
+def test_summaries_follow_ragged_appends(rule: str, bits: int | None, shadow: bool) -> None:
     table = torch.tensor([[5, 2, 9, 1], [4, 7, 3, 6], [8, 10, 11, 12]], dtype=torch.int32)
-    pools, summary = _empty(13), _summary(rule, bits, 13)
+    (*pools, bytes_), summary = _empty(13), _summary(rule, bits, 13)
+    pools.append(bytes_ if shadow else bytes_[..., :0])
     rows: list[list[torch.Tensor]] = [[], [], []]
     # A prompt that ends inside a page, single tokens, nothing, and chunks that begin and end inside pages.
     for counts in ([6, 1, 0], [1, 1, 0], [1, 0, 0], [5, 9, 0], [0, 2, 0]):

@@ -44,10 +44,10 @@ def summary_of(what, pages, heads, dim, page, dtype, channels=16):
 class Pool:
     """Empty pages for `b` sequences of up to `width` pages each."""
 
-    def __init__(self, b, width, *, heads, dim, page, dtype, summary, channels=16, values=None):
+    def __init__(self, b, width, *, heads, dim, page, dtype, summary, channels=16, values=None, shadow=True):
         pages = b * width + 1
         self.k, self.v = (zeros(pages, heads, page, dim, dtype=dtype) for _ in range(2))
-        self.shadow = zeros(pages, heads, shadow_bytes(page, dim), dtype=torch.uint8)
+        self.shadow = zeros(pages, heads, shadow_bytes(page, dim) if shadow else 0, dtype=torch.uint8)
         torch.manual_seed(1)
         self.summary = summary_of(summary, pages, heads, dim, page, dtype, channels)
         self.values = summary_of(values, pages, heads, dim, page, dtype)
@@ -90,6 +90,18 @@ def test_same_bytes_as_the_twin(dtype, dim, page, summary):
         pools[0].append(k, v, lengths, counts, "cuda")
         pools[1].append(k, v, lengths, counts, "torch")
         assert_same(pools)
+
+
+@pytest.mark.parametrize("summary", ALL, ids=names)
+def test_without_a_shadow(summary):
+    torch.manual_seed(0)
+    options = {"heads": 2, "dim": 128, "page": 16, "dtype": torch.bfloat16}
+    pools = [Pool(2, 3, summary=summary, shadow=False, **options) for _ in range(2)]
+    k, v = (torch.randn(2, 37, 2, 128, device="cuda").bfloat16() for _ in range(2))
+    for pool, backend in zip(pools, ("cuda", "torch"), strict=True):
+        pool.append(k, v, [37, 20], [37, 20], backend)
+    assert_same(pools)
+    assert all(part[pools[0].table[0, 0]].any() for part in pools[0].kept)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
