@@ -94,7 +94,7 @@ class Stats:
 
         A launch or two for all of them.
         """
-        names = ("seq_lens", "b0", "b1_query", "b1_group", "mass")
+        names = ("seq_lens", "b0", "b1_query", "b1_group", "mass", "tail_pages")
         tensors = [getattr(record, name) for record in records for name in names]
         copies: list[torch.Tensor] = [*tensors]
         for dtype in {tensor.dtype for tensor in tensors}:
