@@ -141,7 +141,7 @@ def _missing(missing: list[int], step: Step, row: int, head: int) -> str:
 
 
 def chunks(subject: Subject) -> None:
-    lengths = (0, 14, 33, 290)
+    lengths = (0, 14, 33, 130)
     make, geometry = subject.make, subject.geometry()
     strict = make().contract().chunks
     once = World(make(), geometry, lengths)
@@ -352,7 +352,7 @@ def contract(subject: Subject) -> None:
         if name not in subject.seen:
             value = "True" if name == "weighted" else "False"
             raise Failure(
-                f"contract() declares {name}={value}, which was never met: leave it out, so that the case is checked"
+                f"contract() declares {name}={value}, which was never met here: leave it out, so that it is checked"
             )
 
 
