@@ -38,7 +38,8 @@ def main(args: argparse.Namespace) -> int:
         if case not in CASES:
             raise unknown_name("case", case, list(CASES), see="twilight plugins check --help")
     # Last, as `python -m` would have it first: a module beside the user must not hide a package.
-    sys.path.append(os.getcwd())
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     geometry = {
         "num_kv_heads": args.kv_heads,
         "head_dim": args.head_dim,

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-
 from group_max import GroupMax
 from group_max.scores import INSTANTIATIONS, KERNELS, STRUCTS, group_max
+
 from twilight import compiling, kernels
 from twilight.errors import KernelError, MissingExtraError
 
