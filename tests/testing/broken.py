@@ -173,6 +173,21 @@ class KeepsState(Sound):
         return torch.where(scores == -torch.inf, scores, scores * torch.where(pieces > 1, -1, 1))
 
 
+class CountsPadding(Sound):
+    """Adds up the prompt's queries, those that are padding too."""
+
+    def state(self, geometry):
+        return (StateSpec("past", (geometry.head_dim,), torch.float32),)
+
+    def observe(self, q, layer):
+        summed = q.unflatten(2, (layer.geometry.num_kv_heads, -1)).sum((1, 3))
+        layer.update_state("past", layer.state("past") + summed)
+
+    def scores(self, q, layer):
+        past = layer.state("past").repeat_interleave(layer.geometry.group_size, dim=1)
+        return super().scores(past.contiguous(), layer)
+
+
 class SeesOthers(Sound):
     """Looks at the longest row."""
 

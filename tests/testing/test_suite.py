@@ -41,6 +41,7 @@ BROKEN = [
     ),
     ("Correcting", "dense", r"p=1, the output should be dense attention's; it is .* away"),
     ("KeepsState", "chunks", "a prompt appended 1 tokens at a time should be the prompt appended at once"),
+    ("CountsPadding", "batch", "a row should select the same whoever else is in the batch"),
     ("SeesOthers", "batch", "a row should select the same whoever else is in the batch"),
     ("KeepsRows", "rows", "a row that was freed and used again should select as a new one does"),
     ("Random", "repeat", "random numbers come from twilight.draws"),

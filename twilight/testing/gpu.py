@@ -6,7 +6,7 @@ import torch
 
 from twilight.errors import CaptureError
 from twilight.graph import DecodeGraph, StaticCache
-from twilight.testing.world import LENGTHS, Failure, Subject, World, check_form
+from twilight.testing.world import LENGTHS, Failure, Step, Subject, World, check_form
 
 _DIFFERENT = 0.02
 """Share of a selection that may differ between devices: sums in another order decide between nearly equal scores."""
@@ -39,12 +39,16 @@ def captured(subject: Subject) -> None:
             for layer in range(geometry.num_layers):
                 held[layer].copy_(eager(plain, name, ones, layer))
         graph.replay()
-        for one, step in zip(plain.step(20), graph.output, strict=True):
+        steps = plain.step(20)
+        for step in graph.output:
             check_form(step)
-            if one.lists() != step.lists():
-                raise Failure(
-                    f"a replayed step should select what it does outside of the graph: layer {one.layer.index}"
-                )
+        different, listed = _count(steps, graph.output)
+        # Shapes differ, and with them the order of sums.
+        if different > 2 * _DIFFERENT * listed:
+            raise Failure(
+                f"a replayed step should select what it does outside of the graph: {different} of {listed} tokens are "
+                "only in one of both"
+            )
 
 
 def same_on_both(subject: Subject) -> None:
@@ -53,14 +57,20 @@ def same_on_both(subject: Subject) -> None:
         World(subject.make(), subject.geometry(device=device, dtype=torch.bfloat16)) for device in ("cpu", "cuda")
     ]
     for value in (20, 0.5):
-        listed = different = 0
-        for one, other in zip(*(world.step(value) for world in worlds), strict=True):
-            for a, b in zip(one.lists(), other.lists(), strict=True):
-                for first, second in zip(a, b, strict=True):
-                    listed += len(first)
-                    different += len(set(first) - set(second)) + len(set(second) - set(first))
+        different, listed = _count(*(world.step(value) for world in worlds))
         if different > 2 * _DIFFERENT * listed:
             raise Failure(
                 f"CPU and GPU should select the same but for near ties: {different} of {listed} tokens are only in one "
                 f"of both, with budget={value}"
             )
+
+
+def _count(one: list[Step], other: list[Step]) -> tuple[int, int]:
+    """Return how many tokens are in the lists of one only, and how many there are."""
+    different = listed = 0
+    for a, b in zip(one, other, strict=True):
+        for row, same in zip(a.lists(), b.lists(), strict=True):
+            for first, second in zip(row, same, strict=True):
+                listed += len(first)
+                different += len(set(first) ^ set(second))
+    return different, listed
