@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from twilight import Geometry
+from twilight import Geometry, Selector
 from twilight.graph import StaticCache
 
 from .cells import UNION, Cell
@@ -34,6 +34,7 @@ class Options:
         repeats: replays of each graph.
         bandwidth: TB/s that floors are counted at.
         say: prints a line.
+        selectors: installed ones to time beside the built-in rows, by what reports call them.
     """
 
     device: torch.device
@@ -41,6 +42,7 @@ class Options:
     repeats: int = 15
     bandwidth: float = 4.2
     say: Callable[[str], None] = print
+    selectors: Mapping[str, Selector] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +95,7 @@ def run_cell(cell: Cell, options: Options, deadline: Deadline) -> dict[str, Any]
     dense_us = result["dense"][best]["us"]
     say_dense(result, cell.dense_bytes, say)
     result["methods"] = {}
-    for method in methods(work, quest, options.p):
+    for method in methods(work, quest, options.p, options.selectors):
         deadline.check()
         try:
             row = measure_method(method, work, static, cell, options.repeats)

@@ -2,6 +2,7 @@
 
     twilight bench                                                  a few cells, into benchmarks/results/
     twilight bench --cells 64:32k 1:128k --heads 32/8 32/32
+    twilight bench --selector mine mine:recent=4                    a plugin's selectors beside the others
     twilight bench --grid --missing --minutes 9                     again and again, until the grid is full
 
 Every number is microseconds a layer from replays of a CUDA graph that goes through so many layers that each finds the
@@ -24,6 +25,7 @@ import torch
 
 from .cell import Options, free_bytes, run_cell
 from .cells import GRID_HEADS, make_cells
+from .methods import by_name
 from .results import Results, default_path, header
 from .runs import add_common, check_common, run_all
 from .timing import Deadline, copy_bandwidth
@@ -61,6 +63,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         type=float,
         help="TB/s that floors are counted at (default: 4.2 on an H200, elsewhere what a copy reaches)",
     )
+    parser.add_argument(
+        "--selector",
+        nargs="+",
+        default=[],
+        metavar="NAME[:OPTION=VALUE,...]",
+        help="installed selectors to time beside the others, such as mine or mine:recent=4",
+    )
     add_common(parser)
     args = parser.parse_args(list(words))
     if not args.heads:
@@ -77,11 +86,12 @@ def main(words: Sequence[str], say: Callable[[str], None] = lambda line: print(l
         raise ValueError(f"--bandwidth: expected more than 0 TB/s, got {args.bandwidth}")
     cells = make_cells(args.cells, args.heads, grid=args.grid, head_dim=args.head_dim, page_size=args.page_size)
     device = check_common(args)
+    selectors = by_name(args.selector)
     deadline = Deadline(args.minutes)
     head = header("decode", device)
     results = Results(args.out or default_path(head), head)
     bandwidth = floor_bandwidth(device, args.bandwidth, head["gpu"], say)
-    options = Options(device, args.p, args.repeats, bandwidth, say)
+    options = Options(device, args.p, args.repeats, bandwidth, say, selectors)
     left = run_all(
         cells,
         lambda cell: run_cell(cell, options, deadline),

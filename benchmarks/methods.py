@@ -8,17 +8,19 @@ import importlib.util
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from twilight import BoundedTopP, Budget, NoPruning, Selection, Selector, TopP, TwilightAttention, ops, resources
 from twilight.calibration import save_channels
 from twilight.graph import StaticCache
 from twilight.ops.top_p import Pruned
+from twilight.registry import create_selector
 
 from .cells import UNION, Cell
 from .check import check_step
@@ -69,8 +71,39 @@ def make(name: str, **parameters: Any) -> Selector:
     return found(**parameters)
 
 
-def methods(work: Workload, quest: Selector, p: float) -> Iterator[Method]:
-    """Yield the rows. `quest` is the selector that the cache keeps metadata of at first."""
+def by_name(words: Sequence[str]) -> dict[str, Selector]:
+    """Return the installed selectors that a user asked for, each as ``name`` or ``name:option=value,option=value``.
+
+    Raises:
+        UnknownNameError, TypeError: there is none, or it has no such option.
+        ValueError: it learns from prompts, and a workload has none.
+    """
+    found = {}
+    for word in words:
+        name, _, options = word.partition(":")
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([each for each in options.split(",") if each]))
+        assert isinstance(values, dict)
+        selector = create_selector(name, **{str(key): value for key, value in values.items()})
+        if type(selector).observe is not Selector.observe or type(selector).state is not Selector.state:
+            raise ValueError(
+                f"--selector: '{name}' keeps state that prompts fill, and a workload is keys without a prompt\n"
+                f"  time a model instead: twilight decode selector={name}"
+            )
+        found[word] = selector
+    return found
+
+
+def methods(
+    work: Workload, quest: Selector, p: float, selectors: Mapping[str, Selector] | None = None
+) -> Iterator[Method]:
+    """Yield the rows.
+
+    Args:
+        work: what they run on.
+        quest: the selector that the cache keeps metadata of at first.
+        p: mass to keep.
+        selectors: further ones, by what reports call them.
+    """
     yield Method(TOP_K, TwilightAttention(quest, NoPruning(), 0.125))
     yield Method(QUEST, TwilightAttention(quest, TopP(p), 0.25))
     yield Method("quest + bounded top-p", TwilightAttention(quest, BoundedTopP(p), 0.25))
@@ -78,6 +111,8 @@ def methods(work: Workload, quest: Selector, p: float) -> Iterator[Method]:
     yield Method("full + top-p", TwilightAttention(make("full"), TopP(p), 1.0))
     if built_in("block_mean") is not None:
         yield Method("block_mean + top-p", TwilightAttention(make("block_mean"), TopP(p), 0.25))
+    for name, selector in (selectors or {}).items():
+        yield Method(f"{name} + top-p", TwilightAttention(selector, TopP(p), 0.25))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "double_sparsity.json"
         orders = {layer: order.cpu() for layer, order in channel_orders(work).items()}

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, LayerCache, PageRanking, Selection, Selector
+from twilight import Budget, Contract, LayerCache, PageRanking, Selection, Selector
 
 
 @dataclass
@@ -16,6 +16,9 @@ class Full(Selector):
 
     name: ClassVar[str] = "full"
     paper: ClassVar[str] = "Twilight, arXiv 2502.02770, section 5.1"
+
+    def contract(self) -> Contract:
+        return Contract(budget=False)
 
     def ranking(self, layer: LayerCache) -> PageRanking:
         return PageRanking()

@@ -27,7 +27,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, draws, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, StateSpec, draws, ops
 from twilight.checks import check_positive
 from twilight.ends import ends
 from twilight.ops.paging import gather_tokens
@@ -71,6 +71,9 @@ class MagicPIG(Selector):
         check_positive("local", self.local)
         if self.sinks < 0 or not 0 <= self.epsilon < 1:
             raise ValueError(f"sinks, epsilon: expected 0 or more, got {self.sinks} and {self.epsilon}")
+
+    def contract(self) -> Contract:
+        return Contract(dense=False, chunks=False, weighted=True)
 
     def prepare(self, geometry: Geometry) -> None:
         generator = torch.Generator().manual_seed(self.seed)

@@ -38,7 +38,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, StateSpec, ops
 from twilight.checks import check_positive, check_tensor
 from twilight.ops.paging import gather_tokens
 
@@ -82,6 +82,9 @@ class NSA(Selector):
             raise ValueError(f"selected: expected at least block={self.block}, got {self.selected}")
         if self.num_blocks < 3:
             raise ValueError(f"num_blocks: expected at least the 3 that are forced in, got {self.num_blocks}")
+
+    def contract(self) -> Contract:
+        return Contract(budget=False, dense=False)
 
     def prepare(self, geometry: Geometry) -> None:
         if self.weights is None:

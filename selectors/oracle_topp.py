@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, ops
 from twilight.checks import check_p
 from twilight.ops.top_p import top_p_mask
 
@@ -29,6 +29,9 @@ class OracleTopP(Selector):
 
     def __post_init__(self) -> None:
         check_p(self.mass)
+
+    def contract(self) -> Contract:
+        return Contract(budget=False, dense=False)
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry

@@ -20,7 +20,18 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, check_reduce, combine_group, ops
+from twilight import (
+    Budget,
+    Contract,
+    Geometry,
+    LayerCache,
+    Selection,
+    Selector,
+    StateSpec,
+    check_reduce,
+    combine_group,
+    ops,
+)
 from twilight.checks import check_positive
 from twilight.kmeans import assign, kmeans
 from twilight.ops.dense_attention import gather_dense
@@ -60,6 +71,9 @@ class PQCache(Selector):
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
         if not 0 <= self.recent < 1:
             raise ValueError(f"recent: expected a share from 0 to below 1, got {self.recent}")
+
+    def contract(self) -> Contract:
+        return Contract(chunks=False)
 
     def prepare(self, geometry: Geometry) -> None:
         if geometry.head_dim % self.parts:

@@ -24,7 +24,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, ops
 from twilight.ops.paging import gather_tokens
 
 
@@ -46,6 +46,9 @@ class StreamingLLM(Selector):
     def __post_init__(self) -> None:
         if self.sinks < 0:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
+
+    def contract(self) -> Contract:
+        return Contract(weighted=self.reindex)
 
     def prepare(self, geometry: Geometry) -> None:
         if self.reindex and not geometry.inv_freq:

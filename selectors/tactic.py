@@ -27,7 +27,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, StateSpec, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, StateSpec, ops
 from twilight.checks import check_p, check_positive
 from twilight.ends import ends
 from twilight.kmeans import assign, kmeans
@@ -62,6 +62,9 @@ class Tactic(Selector):
         check_positive("cluster_size", self.cluster_size)
         check_positive("iterations", self.iterations)
         check_positive("local", self.local)
+
+    def contract(self) -> Contract:
+        return Contract(dense=False, chunks=False)
 
     def state(self, geometry: Geometry) -> tuple[StateSpec, ...]:
         return (

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, Selection, Selector, check_reduce, ops
+from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, check_reduce, ops
 
 
 @dataclass
@@ -48,6 +48,9 @@ class TidalDecode(Selector):
 
     def __post_init__(self) -> None:
         check_reduce(self.reduce)
+
+    def contract(self) -> Contract:
+        return Contract(budget=not self.attend_all)
 
     def prepare(self, geometry: Geometry) -> None:
         if self.reselect is not None and self.reselect not in geometry.layer_ids:

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, StateSpec, draws, ops
+from twilight import Budget, Contract, Geometry, LayerCache, MetadataSpec, Selection, Selector, StateSpec, draws, ops
 from twilight.checks import check_positive
 from twilight.ends import ends
 from twilight.ops.quantize import shadow_bytes
@@ -80,6 +80,9 @@ class VAttention(Selector):
             raise ValueError(f"base: expected another selector than '{self.name}'")
         self._base = create_selector(self.base, **self.base_options)
         self._z = NormalDist().inv_cdf(1 - self.delta / 2)
+
+    def contract(self) -> Contract:
+        return Contract(dense=False, chunks=self._base.contract().chunks, weighted=True)
 
     def prepare(self, geometry: Geometry) -> None:
         self._base.prepare(geometry)

@@ -174,6 +174,7 @@ def test_the_wheel_has_every_file_and_no_other(wheel):
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "twilight").rglob("*.py")}
     expected |= {"twilight/py.typed", "twilight/crossover.json"}
+    expected |= {f"twilight/templates/plugin/{path.name}" for path in (ROOT / "twilight/templates/plugin").iterdir()}
     expected |= {f"twilight/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
     expected |= {f"twilight_selectors/{path.name}" for path in (ROOT / "selectors").glob("*.py")}
     expected |= {f"twilight/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}

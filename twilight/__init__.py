@@ -18,7 +18,7 @@ from twilight.geometry import Geometry
 from twilight.hookspecs import hookimpl
 from twilight.pruner import BoundedTopP, NoPruning, Pruner, Threshold, TopP
 from twilight.selection import Selection
-from twilight.selector import MetadataSpec, PageRanking, Selector, StateSpec, check_reduce, combine_group
+from twilight.selector import Contract, MetadataSpec, PageRanking, Selector, StateSpec, check_reduce, combine_group
 
 if TYPE_CHECKING:
     from twilight.integrations.transformers import attach
@@ -29,6 +29,7 @@ __all__ = [
     "AdaBudget",
     "BoundedTopP",
     "Budget",
+    "Contract",
     "DynamicBudget",
     "Geometry",
     "LayerCache",

@@ -208,7 +208,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 _ABOUT = {
     "decode": "decode a long prompt:  twilight decode selector=quest p=0.9  (-m for sweeps; --help for all options)",
-    "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
+    "plugins": "what is installed:     twilight plugins list | info NAME | new NAME | check NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",

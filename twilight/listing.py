@@ -1,4 +1,4 @@
-"""``twilight plugins list|info``: what is installed, where it comes from, and what is wrong with it."""
+"""``twilight plugins list|info|new|check``: what is installed, where it comes from, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from twilight import parameters
+from twilight import parameters, scaffold
 from twilight.errors import unknown_name
 from twilight.registry import PluginRecord, registry
+from twilight.testing import verb
 
 STATUS_STYLE = {"loaded": "green", "partial": "yellow", "failed": "red", "disabled": "dim"}
 
@@ -21,12 +22,20 @@ STATUS_STYLE = {"loaded": "green", "partial": "yellow", "failed": "red", "disabl
 def main(words: Sequence[str]) -> int:
     """Run the verb and return the exit status."""
     parser = argparse.ArgumentParser("twilight plugins", description="What is installed, and what is wrong with it.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="list|info")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="list|info|new|check")
     actions.add_parser("list", help="all plugins").add_argument("--json", action="store_true", help="as data")
     info = actions.add_parser("info", help="one plugin or selector: where it is from, its parameters")
     info.add_argument("name")
     info.add_argument("--json", action="store_true", help="as data")
+    made = actions.add_parser("new", help="write a package with a selector of your own")
+    made.add_argument("name", help="such as my-selector")
+    made.add_argument("--dir", default=".", help="the folder to write it into (default: here)")
+    verb.add_arguments(actions.add_parser("check", help="does a selector do what every selector must?"))
     args = parser.parse_args(words)
+    if args.action == "new":
+        return _new(args.name, args.dir)
+    if args.action == "check":
+        return verb.main(args)
     if args.action == "list":
         records = registry().plugins()
         found = [record.as_dict() for record in records]
@@ -39,6 +48,16 @@ def main(words: Sequence[str]) -> int:
     else:
         for each in found:
             _print_info(each)
+    return 0
+
+
+def _new(name: str, parent: str) -> int:
+    folder = scaffold.new(name, parent)
+    module = folder.name.replace("-", "_")
+    print(f"wrote {folder}: the selector is {folder / module / 'selector.py'}")
+    print(f"  pip install -e '{folder}[test]'")
+    print(f"  twilight plugins check {module}")
+    print(f"  twilight decode selector={module} p=0.9")
     return 0
 
 

@@ -97,6 +97,27 @@ class StateSpec:
         return heads * math.prod(self.shape) * self.dtype.itemsize / self.stride
 
 
+@dataclass(frozen=True)
+class Contract:
+    """What holds of a selector's selections. The default is what most promise; a method that cannot says so.
+
+    `twilight.testing.check_selector` holds a selector to it, both ways: an exception that is declared must be seen.
+
+    Attributes:
+        budget: at most `budget.tokens` tokens a row, in whole pages rounded up. False: the method has its own size.
+        dense: with a budget of everything, everything is proposed, at the weight it has. False: it leaves tokens out,
+            or draws them.
+        chunks: what is kept does not depend on the pieces in which a prompt comes. False: pieces of a few tokens
+            teach it nothing; the longest of a batch says what is few.
+        weighted: selections carry `log_weight`.
+    """
+
+    budget: bool = True
+    dense: bool = True
+    chunks: bool = True
+    weighted: bool = False
+
+
 class Selector:
     """Proposes B0 candidate tokens for each kv head, generously; a pruner cuts the set down afterwards.
 
@@ -111,6 +132,10 @@ class Selector:
 
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+
+    def contract(self) -> Contract:
+        """Return what holds of this selector, with its parameters; everything that `Contract` says, by default."""
+        return Contract()
 
     def prepare(self, geometry: Geometry) -> None:
         """Check the parameters against the model, and load what depends on it. Called before the cache is made.

@@ -177,3 +177,28 @@ def test_a_small_cell_on_a_gpu(tmp_path, heads):
     for row in cell["methods"].values():
         assert row["check"]["error_to_reference"] < 1e-2
         assert 0 < row["append"]["us"] < row["decode"]["us"]
+
+
+def test_installed_selectors_are_timed_beside_the_others(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    words = ["--selector", "oracle_topk", "block_mean:reduce=max,metadata_type=native"]
+    assert cli.main(["bench", *SMALL, "--cells", "1:128", *words, "--out", str(out)]) == 0
+    (cell,) = load(out)["cells"]
+    mine = {"oracle_topk + top-p", "block_mean:reduce=max,metadata_type=native + top-p"}
+    assert mine | {"quest + top-p", "full + top-p"} <= set(cell["methods"])
+    # Each reads what its own metadata takes: all keys, and a mean a page.
+    read = [cell["methods"][name]["bytes"]["select"] for name in sorted(mine)]
+    assert read == [2 * 128 * 32 * 4 / 16, 2 * 128 * 32 * 4]
+
+
+@pytest.mark.parametrize(
+    ("word", "status", "said"),
+    [
+        ("qest", cli.USAGE, "no selector 'qest'. Did you mean 'quest'?"),
+        ("quest:reduc=max", cli.USAGE, "no parameter 'reduc'"),
+        ("snapkv", cli.FAILED, "--selector: 'snapkv' keeps state that prompts fill"),
+    ],
+)
+def test_selectors_that_cannot_be_timed_are_refused_at_once(word, status, said, capsys):
+    assert cli.main(["bench", *SMALL, "--cells", "1:128", "--selector", word]) == status
+    assert said in capsys.readouterr().err
