@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -65,6 +65,25 @@ class DecodeConfig:
 
 
 @dataclass
+class FactsConfig:
+    """Types of ``task=facts``; ``conf/task/facts.yaml`` says what they mean, and so for the tasks below."""
+
+    name: str = "facts"
+    kinds: list[str] = MISSING
+    context: int = MISSING
+    num_facts: int = MISSING
+    depths: list[float] | None = None
+    samples: int = MISSING
+    seed: int = MISSING
+    max_new_tokens: int | None = None
+    haystack: str | None = None
+    data: dict[str, str | None] = field(default_factory=dict)
+    compare_dense: bool = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
 class RootConfig:
     """Types of the top level. The groups bring their own."""
 
@@ -74,6 +93,9 @@ class RootConfig:
     pruner: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
+
+
+TASK_CONFIGS: dict[str, type] = {"decode": DecodeConfig, "facts": FactsConfig}
 
 
 def setup() -> None:
@@ -89,7 +111,8 @@ def setup() -> None:
     for name, policy in POLICIES.items():
         add(f"twilight_budget_{name}", parameters.config_node(policy, name))
     add("twilight_model", ModelConfig)
-    add("twilight_decode", DecodeConfig)
+    for name, node in TASK_CONFIGS.items():
+        add(f"twilight_{name}", node)
     for name, pruner in PRUNERS.items():
         add(name, parameters.config_node(pruner, name, {"p": "${p}"}), group="pruner")
     for name, cls in registry().selectors().items():
