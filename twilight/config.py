@@ -84,6 +84,41 @@ class FactsConfig:
 
 
 @dataclass
+class TextConfig:
+    """What tasks over a text have in common."""
+
+    text: str = MISSING
+    text_split: str = MISSING
+    text_column: str = MISSING
+    text_subset: str | None = None
+    context: int = MISSING
+    windows: int = MISSING
+    seed: int = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
+class PerplexityConfig(TextConfig):
+    """Types of ``task=perplexity``."""
+
+    name: str = "perplexity"
+    positions: int = MISSING
+    compare_dense: bool = MISSING
+
+
+@dataclass
+class FidelityConfig(TextConfig):
+    """Types of ``task=fidelity``."""
+
+    name: str = "fidelity"
+    steps: int = MISSING
+    every: int = MISSING
+    layers: list[int] | None = None
+    oracle_p: float | None = None
+
+
+@dataclass
 class RootConfig:
     """Types of the top level. The groups bring their own."""
 
@@ -95,7 +130,13 @@ class RootConfig:
     task: Any = MISSING
 
 
-TASK_CONFIGS: dict[str, type] = {"decode": DecodeConfig, "facts": FactsConfig}
+TASK_CONFIGS: dict[str, type] = {
+    "decode": DecodeConfig,
+    "facts": FactsConfig,
+    "fidelity": FidelityConfig,
+    "perplexity": PerplexityConfig,
+}
+"""Types of each task's options, and the name of its file in ``conf/task``."""
 
 
 def setup() -> None:

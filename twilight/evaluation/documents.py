@@ -29,9 +29,10 @@ class QuestionSet:
 
 
 _FORMS = {
-    "qa_1": "SQuAD: {\"data\": [{\"paragraphs\": [{\"context\": …, \"qas\": [{\"question\": …, \"answers\": [{\"text\": …}]}]}]}]}",
-    "qa_2": "HotpotQA: [{\"question\": …, \"answer\": …, \"context\": [[title, [sentence, …]], …]}, …]",
-}  # fmt: skip
+    "qa_1": """SQuAD: {"data": [{"paragraphs": [{"context": …,
+  "qas": [{"question": …, "answers": [{"text": …}]}]}]}]}""",
+    "qa_2": """HotpotQA: [{"question": …, "answer": …, "context": [[title, [sentence, …]], …]}, …]""",
+}
 
 
 @lru_cache(maxsize=2)

@@ -82,7 +82,8 @@ def build_fact_prompt(
         depths: instead of `num_facts`, where to plant one each, as fractions of the text: ascending, from 0 to 1.
 
     Raises:
-        ValueError: `depths` are not that, `num_facts` is below 1, `num_bytes` leaves no room for text, or `text` is too short.
+        ValueError: `depths` are not that, `num_facts` is below 1, `num_bytes` leaves no room for text, or `text` is
+            too short.
     """
     if depths is not None:
         if not depths or sorted(depths) != list(depths) or not 0 <= depths[0] <= depths[-1] <= 1:

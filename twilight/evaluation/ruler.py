@@ -1,8 +1,8 @@
-"""RULER's synthetic tasks (Hsieh et al., arXiv 2404.06654, section 3 and appendix B), of any length, from a seed.
+"""RULER's synthetic tasks (Hsieh et al., arXiv 2404.06654, section 3), of any length, from a seed.
 
-Thirteen kinds under RULER's names: eight needles in a haystack, variable tracking, common and frequent words, and two of
-questions over documents, whose data the user brings (`twilight.evaluation.documents`). The wording follows RULER's; the
-words are made up here instead of taken from lists, and the haystack of ``essay`` kinds is any text: held-out Python
+Thirteen kinds under RULER's names: eight needles in a haystack, variable tracking, common and frequent words, and two
+of questions over documents, whose data the user brings (`twilight.evaluation.documents`). The wording follows RULER's;
+the words are made up here instead of taken from lists, and the haystack of ``essay`` kinds is any text: held-out Python
 source by default, where RULER has essays. So scores compare between methods here, not with published ones.
 """
 

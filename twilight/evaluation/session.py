@@ -73,13 +73,12 @@ class Session:
             raise
 
     @contextlib.contextmanager
-    def steps(self, cache: Any, count: int) -> Iterator[Step]:
+    def steps(self, cache: Any, count: int, *, capture: bool = True) -> Iterator[Step]:
         """Yield what decodes `count` tokens of each sequence, one a call: on a GPU by captured steps where that works.
 
-        Steps are not captured while an observer is to see them.
+        An observer sees all steps only if they are not captured.
         """
-        attention = self.handle.attention
-        if self.model.device.type == "cuda" and attention.observer is None:
+        if capture and self.model.device.type == "cuda":
             try:
                 captured = self.handle.capture(cache, max_new_tokens=count)
             except UnsupportedModelError:

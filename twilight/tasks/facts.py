@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,7 +51,9 @@ def run(cfg: DictConfig) -> TaskResult:
             total.merge(reading)
             sides = {TWILIGHT: (mine, reading)}
             if task.compare_dense:
-                sides[DENSE] = dense_once(cfg, f"example {number}", lambda e=example: _answer(session, e, task, DENSE))
+                sides[DENSE] = dense_once(
+                    cfg, f"example {number}", functools.partial(_answer, session, example, task, DENSE)
+                )
             for method, (tokens, read) in sides.items():
                 _count(tallies, session, example, method, tokens, read, sides.get(DENSE))
     rows = [_row(key, tally, task.context, kinds) for key, tally in sorted(tallies.items(), key=_order)]
