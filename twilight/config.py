@@ -119,6 +119,41 @@ class FidelityConfig(TextConfig):
 
 
 @dataclass
+class LmEvalConfig:
+    """Types of ``task=lm_eval``."""
+
+    name: str = "lm_eval"
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int = MISSING
+    max_length: int | None = None
+    lengths: list[int] | None = None
+    gen_kwargs: dict[str, Any] | None = None
+    apply_chat_template: bool = MISSING
+    seed: int = MISSING
+    compare_dense: bool = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
+class SpeedConfig:
+    """Types of ``task=speed``."""
+
+    name: str = "speed"
+    batch: int = MISSING
+    context: int = MISSING
+    heads: str = MISSING
+    head_dim: int = MISSING
+    page_size: int = MISSING
+    repeats: int = MISSING
+    bandwidth: float | None = None
+    allow_cpu: bool = MISSING
+
+
+@dataclass
 class RootConfig:
     """Types of the top level. The groups bring their own."""
 
@@ -134,7 +169,9 @@ TASK_CONFIGS: dict[str, type] = {
     "decode": DecodeConfig,
     "facts": FactsConfig,
     "fidelity": FidelityConfig,
+    "lm_eval": LmEvalConfig,
     "perplexity": PerplexityConfig,
+    "speed": SpeedConfig,
 }
 """Types of each task's options, and the name of its file in ``conf/task``."""
 
