@@ -98,9 +98,7 @@ def test_bad_input_is_refused_before_anything_is_loaded(run_task, words, message
 
 def test_lengths_that_ruler_was_not_asked_for_are_left_out():
     found = {
-        "results": {"niah": {"alias": "niah", "4096,none": 0.5, "4096_stderr,none": 0.1, "8192,none": -1, "sample_len": 9}},
+        "results": {"niah": {"alias": "niah", "4096,none": 0.5, "4096_stderr,none": 0.1, "8192,none": -1, "n": 9}},
         "n-samples": {"niah": {"original": 500, "effective": 9}},
     }  # fmt: skip
-    assert metric_rows(found) == [
-        {"lm_task": "niah", "metric": "4096,none", "value": 0.5, "stderr": 0.1, "samples": 9}
-    ]
+    assert metric_rows(found) == [{"lm_task": "niah", "metric": "4096,none", "value": 0.5, "stderr": 0.1, "samples": 9}]

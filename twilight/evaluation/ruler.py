@@ -8,6 +8,7 @@ source by default, where RULER has essays. So scores compare between methods her
 
 from __future__ import annotations
 
+import contextlib
 import random
 import string
 import uuid
@@ -62,15 +63,14 @@ def make_example(
         data: JSON file for ``qa_1`` (SQuAD) and ``qa_2`` (HotpotQA).
 
     Raises:
-        ValueError, FileNotFoundError: no such kind, no data, or no room for the smallest example.
+        ValueError, FileNotFoundError: no such kind, no data, no room for the smallest example, or too little to read.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got '{kind}'")
     if kind.startswith("niah"):
         spec = NEEDLES[kind]
         if spec["haystack"] == "essay":
-            # Of no tokenizer does a token have fewer bytes than one, or often more than eight.
-            lines = (heldout_text(8 * num_tokens, seed).decode() if text is None else text).splitlines()
+            lines = (_source(num_tokens, seed) if text is None else text).splitlines()
         else:
             lines = []
 
@@ -88,6 +88,14 @@ def make_example(
     else:
         build, most = {"vt": _variables, "cwe": _common, "fwe": _frequent}[kind], None
     return _fit(build, num_tokens, most, tokenizer, f"{kind}/{seed}")
+
+
+def _source(num_tokens: int, seed: int) -> str:
+    """Return held-out source of 16 bytes a token, of which it is seldom more; of fewer if there is no more."""
+    for each in (16, 8, 4):
+        with contextlib.suppress(ValueError):
+            return heldout_text(each * num_tokens, seed).decode()
+    return heldout_text(num_tokens, seed).decode()
 
 
 def _fit(
@@ -117,6 +125,9 @@ def _fit(
             best, low = made, middle
         else:
             high = middle
+    length = len(tokenizer(best.context)["input_ids"])
+    if low == most and length < 0.9 * num_tokens:
+        raise ValueError(f"{best.kind}: all there is to read makes {length} tokens, {num_tokens} were asked for")
     return best
 
 

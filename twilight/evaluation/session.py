@@ -32,6 +32,8 @@ _NEVER_SPARSE = 1 << 30
 class Session:
     """Decodes on from contexts, sparsely or densely.
 
+    Caches are made under `torch.no_grad`: tensors of the inference mode could not be written to by captured steps.
+
     Args:
         loaded: the model.
         handle: what `twilight.attach` returned for it, with stats.
@@ -41,7 +43,7 @@ class Session:
         self.loaded, self.model, self.handle = loaded, loaded.model, handle
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> Any:
         """Return a cache that holds contexts, `[b, n]` token ids, attended to densely. Decode on from it in a `branch`.
 
@@ -87,7 +89,7 @@ class Session:
                 with captured:
                     yield lambda ids: captured(ids)[:, -1]
                 return
-        with torch.inference_mode():
+        with torch.no_grad():
             yield eager(self.model, cache)
 
     @contextlib.contextmanager

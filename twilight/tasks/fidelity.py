@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from omegaconf import DictConfig
 
 from twilight.evaluation.fidelity import Observer
@@ -50,7 +49,7 @@ def run(cfg: DictConfig) -> TaskResult:
         ids = texts.tokens.to(session.model.device)
         observer = Observer(p, set(layers))
         attention = session.handle.attention
-        with session.measuring(TWILIGHT) as reading, session.branch(cache), torch.inference_mode():
+        with session.measuring(TWILIGHT) as reading, session.branch(cache):
             with session.steps(cache, task.steps, capture=False) as step:
                 for number in range(task.steps):
                     attention.observer = observer if (number + 1) % task.every == 0 else None
