@@ -110,6 +110,10 @@ def test_tokens_that_are_hidden_from_a_head_hold_no_mass_of_its():
     assert float(found.mass[0, 0]) == pytest.approx(1 - weights[::3].sum(), abs=1e-6)
     assert float(found.mass[0, 1]) == pytest.approx(1)
     assert int(found.b1_query[0, 0]) == 61 - 21
+    # What is hidden is not its own, however much it weighs.
+    oracle = oracles.top_p(oracles.array(keys[0, :61, 0] @ done.q[0, 0]) / 4, 0.9)
+    assert any(t % 3 == 0 for t in oracle)
+    assert float(found.overlap_topp[0, 0]) == pytest.approx(sum(t % 3 > 0 for t in oracle) / len(oracle))
 
 
 def test_estimates_are_made_again_where_one_launch_left_none():
@@ -142,3 +146,32 @@ def test_an_observer_adds_up_what_it_was_to_look_at():
     blind(steps[0])
     with pytest.raises(ValueError, match="no sparse step was seen"):
         blind.summary()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pruner", [TopP(0.8), BoundedTopP(0.8, 4, 64), NoPruning()])
+def test_a_step_of_the_kernels_is_measured_by_the_same_definition(pruner):
+    geometry, lengths = Geometry(1, 6, 2, 64, 16, torch.bfloat16, torch.device("cuda")), [600, 333]
+    attention = TwilightAttention(Quest(), pruner, 0.5)
+    cache, keys, values = fill(geometry, lengths, attention.selector, pruner=pruner)
+    seen: list[Step] = []
+    attention.observer = seen.append
+    attention.attend(torch.randn(2, 6, 64, device="cuda").bfloat16(), cache.layers[0])
+    found, places = measure(seen[0], 0.7)
+    for row, length in enumerate(lengths):
+        for head in range(6):
+            kv = head // 3
+            of_head = (seen[0].q[row, head], keys[0][row, :length, kv], values[0][row, :length, kv])
+            q, k, v = (oracles.array(x.cpu()) for x in of_head)
+            weights = oracles.softmax(k @ q / 8)
+            selection = seen[0].pruned.selection
+            read = oracles.tokens_of(lists(selection)[row][kv], selection.granularity, length)
+            assert float(found.mass[row, head]) == pytest.approx(weights[read].sum(), abs=1e-6)
+            exact, _ = oracles.attend(q, k, v, 1 / 8)
+            error = np.linalg.norm(oracles.array(seen[0].out[row, head].cpu()) - exact) / np.linalg.norm(exact)
+            assert float(found.output_error[row, head]) == pytest.approx(error, abs=1e-6)
+            assert int(found.oracle_b1[row, head]) == len(oracles.top_p(k @ q / 8, 0.7))
+            assert int(found.b1_query[row, head]) <= len(read)
+    if not isinstance(pruner, NoPruning):
+        assert found.b1_query.long().equal(seen[0].pruned.per_query_head.long())
+        assert float(places.top_p.sum()) == float(found.b1_query.sum())

@@ -98,3 +98,12 @@ def test_fidelity_of_everything_is_perfect_and_of_less_is_less(run_task):
 def test_bad_input_is_told(run_task, words, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_task(*words)
+
+
+@pytest.mark.gpu
+def test_captured_steps_on_a_gpu_score_as_dense_does(run_task):
+    words = ("task=perplexity", "task.context=4096", "task.windows=2", "task.positions=64", "budget=0.5")
+    dense, sparse = run_task(*words, "p=0.98").rows
+    assert abs(sparse["delta_bits"]) < 0.05 and sparse["kv_fraction"] < 0.7 and dense["kv_fraction"] == 1
+    run_task(*words, "p=0.5")
+    assert run_task(*words, "p=0.98").rows == [dense, sparse]
