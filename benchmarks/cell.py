@@ -17,7 +17,7 @@ from .dense import measure_dense
 from .methods import make, measure_method, methods
 from .progress import say_budgets, say_dense, say_method
 from .timing import Deadline
-from .workload import make_workload
+from .workload import Workload, make_workload
 
 _CPU_LAYERS = 2
 L2_BYTES = 50 << 20
@@ -66,6 +66,26 @@ def l2_bytes(device: torch.device) -> int:
     return int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", L2_BYTES))
 
 
+def fill_cache(cell: Cell, options: Options) -> tuple[Workload, StaticCache]:
+    """Return a workload of so many layers that a replay finds none of them in the L2 cache, with Quest's metadata."""
+    device = options.device
+    torch.manual_seed(0)
+    layers = _CPU_LAYERS
+    if device.type == "cuda":
+        layers = cell.layers(l2_bytes(device), free_bytes(device))
+    geometry = Geometry(layers, cell.q_heads, cell.kv_heads, cell.head_dim, cell.page_size, options.dtype, device)
+    work = make_workload(geometry, cell.batch, cell.length, make("quest"), cell.length / UNION)
+    return work, StaticCache(work.cache, cell.length)
+
+
+def fill(cell: Cell, options: Options) -> tuple[Workload, StaticCache, dict[str, Any]]:
+    """Return a filled cache, and ``us`` and ``kernel`` of the dense kernel that is fastest over it."""
+    work, static = fill_cache(cell, options)
+    times, _ = measure_dense(work, static, options.repeats, l2_bytes(options.device), Deadline(None))
+    best = min(times, key=lambda name: times[name]["us"])
+    return work, static, {"us": times[best]["us"], "kernel": best}
+
+
 def run_cell(cell: Cell, options: Options, deadline: Deadline) -> dict[str, Any]:
     """Measure a cell.
 
@@ -73,23 +93,17 @@ def run_cell(cell: Cell, options: Options, deadline: Deadline) -> dict[str, Any]
         OutOfTime: the deadline came first; what was measured is lost.
     """
     device, say = options.device, options.say
-    torch.manual_seed(0)
-    cache_bytes = l2_bytes(device)
-    layers = _CPU_LAYERS
-    if device.type == "cuda":
-        layers = cell.layers(cache_bytes, free_bytes(device))
-    geometry = Geometry(layers, cell.q_heads, cell.kv_heads, cell.head_dim, cell.page_size, options.dtype, device)
     quest = make("quest")
-    work = make_workload(geometry, cell.batch, cell.length, quest, cell.length / UNION)
+    work, static = fill_cache(cell, options)
+    layers = len(static.layers)
     say(f"{cell}, {layers} layers, filled in {work.seconds:.1f} s")
-    static = StaticCache(work.cache, cell.length)
     deadline.check()
 
     result: dict[str, Any] = cell.as_dict() | {
         "p": options.p, "layers": layers, "dtype": str(options.dtype).removeprefix("torch."),
         "repeats": options.repeats, "bandwidth": options.bandwidth, "fill_s": work.seconds,
     }  # fmt: skip
-    result["dense"], result["skipped"] = measure_dense(work, static, options.repeats, cache_bytes, deadline)
+    result["dense"], result["skipped"] = measure_dense(work, static, options.repeats, l2_bytes(device), deadline)
     best = min(result["dense"], key=lambda name: result["dense"][name]["us"])
     result["best_dense"] = best
     dense_us = result["dense"][best]["us"]

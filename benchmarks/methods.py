@@ -114,12 +114,18 @@ def methods(
     for name, selector in (selectors or {}).items():
         yield Method(f"{name} + top-p", TwilightAttention(selector, TopP(p), 0.25))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "double_sparsity.json"
-        orders = {layer: order.cpu() for layer, order in channel_orders(work).items()}
-        save_channels(path, orders, statistic="the workload's own directions")
+        path = own_calibration(work, Path(folder))
         channels = min(16, work.cache.geometry.head_dim)
         selector = make("double_sparsity", calibration=str(path), channels=channels, label_bits=4)
         yield Method("double_sparsity + top-p", TwilightAttention(selector, TopP(p), 0.25))
+
+
+def own_calibration(work: Workload, folder: Path) -> Path:
+    """Write a calibration file of the workload's own directions into `folder`, and return it."""
+    path = folder / "double_sparsity.json"
+    orders = {layer: order.cpu() for layer, order in channel_orders(work).items()}
+    save_channels(path, orders, statistic="the workload's own directions")
+    return path
 
 
 class Stages:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -25,7 +24,10 @@ from typing import Any
 import torch
 
 from twilight import BoundedTopP, NoPruning, Pruner, Threshold, TopP
+from twilight.evaluation.asking import ask
 from twilight.evaluation.corpus import heldout_text
+from twilight.evaluation.likelihood import next_token_nll
+from twilight.evaluation.session import Session
 from twilight.loading import LoadedModel, load_model
 from twilight.prompts import Prompt, prompt_with_facts
 from twilight.report import versions
@@ -87,74 +89,46 @@ class Bench:
     def __init__(self, loaded: LoadedModel, selector: str, args: argparse.Namespace) -> None:
         from twilight.integrations.transformers import attach
 
-        self.model, self.args, self.loaded = loaded.model, args, loaded
-        self.handle = attach(self.model, selector, pruner=TAILED, budget=args.budget, stats=True)
+        self.args, self.loaded = args, loaded
+        self.handle = attach(loaded.model, selector, pruner=TAILED, budget=args.budget, stats=True)
+        self.session = Session(loaded, self.handle)
         self.tasks = [self._text(), *(self._facts(seed) for seed in args.seeds)]
 
     def _text(self) -> Task:
         a = self.args
         length = a.context + a.positions + 1
         ids = self.loaded.tokenizer(heldout_text(a.windows * length * 8, a.seeds[0]).decode())["input_ids"]
-        texts = torch.tensor(ids[: a.windows * length], device=self.model.device).view(a.windows, length)
-        return Task(self._read(texts[:, : a.context]), texts=texts)
+        texts = torch.tensor(ids[: a.windows * length]).view(a.windows, length)
+        return Task(self.session.read(texts[:, : a.context]), texts=texts)
 
     def _facts(self, seed: int) -> Task:
         prompt = prompt_with_facts(self.args.context, self.args.facts, seed, self.loaded.tokenizer)
-        return Task(self._read(torch.tensor([prompt.context], device=self.model.device)), prompt=prompt)
+        return Task(self.session.read(torch.tensor([prompt.context])), prompt=prompt)
 
-    def _read(self, context: torch.Tensor) -> Any:
-        cache = self.handle.cache()
-        with torch.inference_mode():
-            self.model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
-
-    @torch.inference_mode()
     def run(self, pruner: Pruner | None) -> dict[str, Any]:
         """Decode every task by one rule, and return what it cost and read."""
         attention = self.handle.attention
         attention.min_context = 1 << 30 if pruner is None else 0
         attention.pruner = TAILED if pruner is None else pruner
-        self.handle.stats().clear()
         started = time.perf_counter()
-        bits = self._bits(self.tasks[0])
-        row = summary(self.handle.stats().records, bits.numel())
+        text, *facts = self.tasks
+        with self.handle.stats().aside() as records:
+            assert text.texts is not None
+            bits = next_token_nll(self.session, text.texts, self.args.context, text.cache) / math.log(2)
+        row = summary(records, bits.numel())
         row["bits"] = [round(value, 4) for value in bits.flatten().tolist()]
-        row["facts"] = sum(self._answers(task) for task in self.tasks[1:])
+        with self.handle.stats().aside():
+            row["facts"] = sum(self._answers(task) for task in facts)
         row["seconds"] = round(time.perf_counter() - started, 1)
         return row
 
-    def _bits(self, task: Task) -> torch.Tensor:
-        """Return `[windows, positions]` float64: the bits of each next token of the text, and take them back."""
-        assert task.texts is not None
-        first, found = self.args.context, []
-        for step in range(self.args.positions):
-            ids = task.texts[:, first + step : first + step + 2]
-            logits = self.model(ids[:, :1], past_key_values=task.cache, use_cache=True).logits[:, -1].double()
-            found.append(torch.nn.functional.cross_entropy(logits, ids[:, 1], reduction="none") / math.log(2))
-        task.cache.crop(-self.args.positions)
-        return torch.stack(found, dim=1)
-
     def _answers(self, task: Task) -> int:
-        """Ask for every fact, one token a step, and return how many answers are right."""
+        """Ask for every fact, and return how many answers are right."""
         prompt = task.prompt
         assert prompt is not None
-        right = 0
-        by_length = sorted(range(len(prompt.questions)), key=lambda i: len(prompt.questions[i]))
-        for length, group in itertools.groupby(by_length, key=lambda i: len(prompt.questions[i])):
-            members = list(group)
-            task.cache.batch_repeat_interleave(len(members))
-            ids = torch.tensor([prompt.questions[i] for i in members], device=self.model.device)
-            said: list[torch.Tensor] = []
-            for step in range(length + prompt.new_tokens - 1):
-                now = ids[:, step] if step < length else said[-1]
-                logits = self.model(now[:, None], past_key_values=task.cache, use_cache=True).logits[:, -1]
-                if step >= length - 1:
-                    said.append(logits.argmax(-1))
-            for member, tokens in zip(members, torch.stack(said, dim=1).tolist(), strict=True):
-                right += self.loaded.tokenizer.decode(tokens).startswith(prompt.answers[member])
-            task.cache.batch_select_indices(torch.tensor([0], device=self.model.device))
-            task.cache.crop(-(length + prompt.new_tokens - 1))
-        return right
+        said = ask(self.session, task.cache, prompt.questions, prompt.new_tokens)
+        texts = [self.loaded.tokenizer.decode(tokens) for tokens in said]
+        return sum(text.startswith(answer) for text, answer in zip(texts, prompt.answers, strict=True))
 
 
 def summary(records: Sequence[Record], tokens: int) -> dict[str, Any]:

@@ -328,3 +328,28 @@ def test_a_cache_made_for_another_selector_is_refused_before_anything_is_written
         with pytest.raises(ValueError, match=r"its cache was made for Quest\(.*\)"):
             TwilightAttention(selector).decode(q, k, k, cache.layers[0])
     assert cache.table.lengths == [5]
+
+
+def test_an_observer_sees_each_stage_of_a_step():
+    attention = TwilightAttention(Quest(), TopP(0.7), 0.5)
+    seen = []
+    attention.observer = seen.append
+    (out, lse), q, *_, layer = _step(attention)
+    (step,) = seen
+    assert step.out is out and step.lse is lse and step.q is q and step.layer is layer and not step.one_launch
+    # What it is shown is what was done: attention over the selection is the output, top-p of the logits the selection.
+    assert ops.top_p(step.logits, step.candidates, layer.seq_lens, 0.7).selection.indices.equal(
+        step.pruned.selection.indices
+    )
+    pages = (layer.k_pages, layer.v_pages, layer.page_table, layer.seq_lens)
+    assert ops.sparse_attention(q, *pages, step.pruned.selection, sm_scale=0.25)[0].equal(out)
+
+    attention.pruner = NoPruning()
+    _step(attention)
+    assert seen[1].logits is None and seen[1].candidates is not None
+    attention.min_context = 1000
+    (out, _), *_ = _step(attention)
+    assert seen[2].candidates is None and seen[2].pruned is None and seen[2].out is out
+    attention.observer = None
+    _step(attention)
+    assert len(seen) == 3

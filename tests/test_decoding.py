@@ -105,7 +105,7 @@ def test_what_cannot_be_written_is_refused_before_the_run(monkeypatch, capfd):
         ("task.plot=x.png", "pip install 'twilight-attn[plots]'"),
         ("task.json=folder", "cannot write"),
     ):
-        monkeypatch.setattr("twilight.decoding.load_model", lambda **_: pytest.fail("the run began"))
+        monkeypatch.setattr("twilight.decoding.load", lambda _: pytest.fail("the run began"))
         assert decode([word]) != 0
         assert message in capfd.readouterr().err
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,9 +16,37 @@ from twilight.crossover import crossover
 from twilight.ops.fused_decode import FusedDecode
 from twilight.ops.fused_decode import unsupported as fused_unsupported
 from twilight.ops.sparse_attention import unsupported_attention
+from twilight.ops.top_p import Pruned
 from twilight.pruner import Pruner, TopP
+from twilight.selection import Selection
 from twilight.selector import Selector
 from twilight.stats import Stats
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one layer, as an observer of `TwilightAttention` is shown it. Not to be written to, nor kept.
+
+    Attributes:
+        q: `[b, Hq, d]`, rotated.
+        layer: the layer's cache, the new tokens in it.
+        candidates: what the selector proposed; None in a dense step.
+        pruned: what was kept of it; None in a dense step.
+        logits: `[b, Hq, capacity * granularity]`, the candidates' estimated logits; None where the pruner needs none,
+            or where one launch did all stages.
+        out: `[b, Hq, d]`, the result.
+        lse: `[b, Hq]` float32.
+        one_launch: one kernel did all stages.
+    """
+
+    q: torch.Tensor
+    layer: LayerCache
+    candidates: Selection | None
+    pruned: Pruned | None
+    logits: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor
+    one_launch: bool = False
 
 
 class TwilightAttention:
@@ -30,6 +60,10 @@ class TwilightAttention:
             the length up to which dense was measured to be as fast (`twilight.crossover`) where the kernels run, and 0
             elsewhere. Over a `StaticCache` its `max_seq_len` decides, for all of its steps.
         collect_stats: record budgets and mass at every step.
+
+    Attributes:
+        observer: called with every `Step` once it is done, to measure what it did; None by default. A step that is
+            captured in a CUDA graph shows itself while it is captured, and not when it is replayed.
     """
 
     def __init__(
@@ -53,6 +87,7 @@ class TwilightAttention:
         self.budget = parse_budget(budget)
         self.min_context = min_context
         self.stats = Stats(enabled=collect_stats)
+        self.observer: Callable[[Step], None] | None = None
 
     def decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache
@@ -88,12 +123,12 @@ class TwilightAttention:
         if self.is_dense(layer):
             self.stats.dense(layer)
             self.observe(q.unsqueeze(1), layer)
-            return attend_densely(q, layer)
+            return self._show(Step(q, layer, None, None, None, *attend_densely(q, layer)))
 
         step = self._one_launch(q, layer)
         if step is not None:
             self.stats.sparse(layer, self.selector, step.candidates, step.pruned, estimated=True)
-            return step.out, step.lse
+            return self._show(Step(q, layer, step.candidates, step.pruned, None, step.out, step.lse, True))
         geometry, table, lens = layer.geometry, layer.page_table, layer.seq_lens
         scale = geometry.sm_scale
         pages = (layer.k_pages, layer.v_pages, table, lens)
@@ -115,7 +150,13 @@ class TwilightAttention:
         kept = self.pruner(logits, candidates, layer)
         self.stats.sparse(layer, self.selector, candidates, kept, estimated=logits is not None)
         out, lse = ops.sparse_attention(q, *pages, kept.selection, tail=kept.tail, sm_scale=scale)
-        return self.selector.finish(q, layer, kept.selection, out, lse)
+        out, lse = self.selector.finish(q, layer, kept.selection, out, lse)
+        return self._show(Step(q, layer, candidates, kept, logits, out, lse))
+
+    def _show(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.observer is not None:
+            self.observer(step)
+        return step.out, step.lse
 
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         """Show the selector and the budget's policy tokens that are attended to densely; see `Selector.observe`."""
@@ -143,7 +184,7 @@ class TwilightAttention:
             pruner.p,
             sm_scale=layer.geometry.sm_scale,
             reduce=ranking.reduce,
-            lists=self.stats.enabled,
+            lists=self.stats.enabled or self.observer is not None,
             backend="cuda",
         )
 

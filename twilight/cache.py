@@ -422,6 +422,18 @@ class PagedKVCache:
         self.new_tokens = self.new_tokens[torch.tensor(rows, device=self.geometry.device)]
         self._upload()
 
+    def save_state(self) -> list[Any]:
+        """Return copies of what selector and budget keep for rows, for `load_state`."""
+        self._check_between_steps()
+        return [layer._state.save() for layer in self.layers]
+
+    def load_state(self, saved: Sequence[Any]) -> None:
+        """Put back what `save_state` returned, once, after the rows have been made what they were."""
+        self._check_between_steps()
+        for layer, each in zip(self.layers, saved, strict=True):
+            layer._state.load(each)
+        self._upload()
+
     def nbytes(self) -> dict[str, int]:
         """Return bytes held: ``kv``, ``shadow``, ``metadata`` and ``state``."""
         total = {"kv": 0, "shadow": 0, "metadata": 0, "state": 0}

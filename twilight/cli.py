@@ -139,7 +139,8 @@ def _check_outputs(jobs: Sequence[Any]) -> None:
     from omegaconf import OmegaConf
 
     for key in ("json", "plot"):
-        paths = [job.task.get(key) for job in jobs if not OmegaConf.is_interpolation(job.task, key)]
+        plain = [job.task for job in jobs if key in job.task and not OmegaConf.is_interpolation(job.task, key)]
+        paths = [task.get(key) for task in plain]
         path = paths[0] if paths else None
         if len(jobs) > 1 and path not in (None, "-") and paths.count(path) > 1:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -65,6 +65,95 @@ class DecodeConfig:
 
 
 @dataclass
+class FactsConfig:
+    """Types of ``task=facts``; ``conf/task/facts.yaml`` says what they mean, and so for the tasks below."""
+
+    name: str = "facts"
+    kinds: list[str] = MISSING
+    context: int = MISSING
+    num_facts: int = MISSING
+    depths: list[float] | None = None
+    samples: int = MISSING
+    seed: int = MISSING
+    max_new_tokens: int | None = None
+    haystack: str | None = None
+    data: dict[str, str | None] = field(default_factory=dict)
+    compare_dense: bool = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
+class TextConfig:
+    """What tasks over a text have in common."""
+
+    text: str = MISSING
+    text_split: str = MISSING
+    text_column: str = MISSING
+    text_subset: str | None = None
+    context: int = MISSING
+    windows: int = MISSING
+    seed: int = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
+class PerplexityConfig(TextConfig):
+    """Types of ``task=perplexity``."""
+
+    name: str = "perplexity"
+    positions: int = MISSING
+    compare_dense: bool = MISSING
+
+
+@dataclass
+class FidelityConfig(TextConfig):
+    """Types of ``task=fidelity``."""
+
+    name: str = "fidelity"
+    steps: int = MISSING
+    every: int = MISSING
+    layers: list[int] | None = None
+    oracle_p: float | None = None
+
+
+@dataclass
+class LmEvalConfig:
+    """Types of ``task=lm_eval``."""
+
+    name: str = "lm_eval"
+    tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    batch_size: int = MISSING
+    max_length: int | None = None
+    lengths: list[int] | None = None
+    gen_kwargs: dict[str, Any] | None = None
+    apply_chat_template: bool = MISSING
+    seed: int = MISSING
+    compare_dense: bool = MISSING
+    page_size: int = MISSING
+    min_context: int = MISSING
+
+
+@dataclass
+class SpeedConfig:
+    """Types of ``task=speed``."""
+
+    name: str = "speed"
+    batch: int = MISSING
+    context: int = MISSING
+    heads: str = MISSING
+    head_dim: int = MISSING
+    page_size: int = MISSING
+    repeats: int = MISSING
+    bandwidth: float | None = None
+    allow_cpu: bool = MISSING
+
+
+@dataclass
 class RootConfig:
     """Types of the top level. The groups bring their own."""
 
@@ -74,6 +163,17 @@ class RootConfig:
     pruner: Any = MISSING
     model: Any = MISSING
     task: Any = MISSING
+
+
+TASK_CONFIGS: dict[str, type] = {
+    "decode": DecodeConfig,
+    "facts": FactsConfig,
+    "fidelity": FidelityConfig,
+    "lm_eval": LmEvalConfig,
+    "perplexity": PerplexityConfig,
+    "speed": SpeedConfig,
+}
+"""Types of each task's options, and the name of its file in ``conf/task``."""
 
 
 def setup() -> None:
@@ -89,7 +189,8 @@ def setup() -> None:
     for name, policy in POLICIES.items():
         add(f"twilight_budget_{name}", parameters.config_node(policy, name))
     add("twilight_model", ModelConfig)
-    add("twilight_decode", DecodeConfig)
+    for name, node in TASK_CONFIGS.items():
+        add(f"twilight_{name}", node)
     for name, pruner in PRUNERS.items():
         add(name, parameters.config_node(pruner, name, {"p": "${p}"}), group="pruner")
     for name, cls in registry().selectors().items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from twilight.config import build_budget, build_pruner, build_selector
-from twilight.loading import LoadedModel, load_model
+from twilight.evaluation.asking import branch, by_length, greedy
+from twilight.evaluation.session import eager, load
+from twilight.loading import LoadedModel
 from twilight.prompts import Prompt, prompt_from_file, prompt_with_facts
 from twilight.report import check_outputs, print_decode, save_budget_plot, save_json, versions
+from twilight.stats import Stats
 
 _DENSE_RUNS: dict[tuple[Any, ...], dict[str, Any]] = {}
 """Dense results of this process: a sweep decodes the same prompt densely once."""
@@ -30,23 +32,40 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         TwilightError, ValueError, TypeError, FileNotFoundError: what is wrong with the request, before anything runs.
     """
+    name = cfg.task.get("name", "decode")
+    if name != "decode":
+        raise ValueError(f"task: twilight decode shows one prompt; measure with: twilight run task={name}")
+    task = cfg.task
+    console = Console(stderr=task.json == "-")
+    result, stats, layers = measure(cfg, console)
+    if task.json:
+        save_json(task.json, result)
+    print_decode(console, result)
+    if task.plot:
+        save_budget_plot(task.plot, stats, layers, title=_title(result))
+        console.print(f"budget per layer and head: {task.plot}", markup=False)
+    return result
+
+
+def measure(cfg: DictConfig, console: Console) -> tuple[dict[str, Any], Stats, dict[int, str]]:
+    """Do what `run` does but for what is shown and saved at its end; progress goes to `console`.
+
+    Returns:
+        The result, what was read, and what each layer is.
+    """
     from twilight.integrations.transformers import attach
 
     task = cfg.task
-    console = Console(stderr=task.json == "-")
     selector, pruner, budget = build_selector(cfg), build_pruner(cfg), build_budget(cfg)
     check_outputs(task.json, task.plot)
-    options = OmegaConf.to_container(cfg.model, resolve=True)
-    assert isinstance(options, dict)
-    dense_layers = options.pop("dense_layers")
-    loaded = load_model(**{str(key): value for key, value in options.items()})
+    loaded = load(cfg)
     prompt = _prompt(task, loaded)
     handle = attach(
         loaded.model,
         selector,
         budget=budget,
         pruner=pruner,
-        dense_layers=dense_layers,
+        dense_layers=cfg.model.dense_layers,
         min_context=task.min_context,
         page_size=task.page_size,
         stats=True,
@@ -70,14 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             with _progress(console) as progress:
                 _DENSE_RUNS[key] = _decode(loaded, prompt, DynamicCache(), _bar(progress, "dense", prompt))
         dense = _DENSE_RUNS[key]
-    result = _result(cfg, loaded, prompt, sparse, dense, stats.summary(), memory, layers)
-    if task.json:
-        save_json(task.json, result)
-    print_decode(console, result)
-    if task.plot:
-        save_budget_plot(task.plot, stats, layers, title=_title(result))
-        console.print(f"budget per layer and head: {task.plot}", markup=False)
-    return result
+    return _result(cfg, loaded, prompt, sparse, dense, stats.summary(), memory, layers), stats, layers
 
 
 def _prompt(task: DictConfig, loaded: LoadedModel) -> Prompt:
@@ -109,22 +121,17 @@ def _decode(loaded: LoadedModel, prompt: Prompt, cache: Any, step: Callable[[int
     prefill = _now(model) - started
     step(len(prompt.context))
 
-    batches: dict[int, list[int]] = defaultdict(list)
-    for index, question in enumerate(prompt.questions):
-        batches[len(question)].append(index)
     out: dict[int, list[int]] = {}
     seconds, tokens = 0.0, 0
-    for length, members in batches.items():
-        cache.batch_repeat_interleave(len(members))
-        forced = torch.tensor([prompt.questions[i] for i in members], device=model.device)
-        started = _now(model)
-        chosen = _greedy(model, cache, forced, prompt.new_tokens, step)
-        seconds += _now(model) - started
-        tokens += len(members) * (length + prompt.new_tokens - 1)
+    for length, members in by_length(prompt.questions).items():
+        steps = length + prompt.new_tokens - 1
+        with branch(cache, len(members), steps):
+            forced = torch.tensor([prompt.questions[i] for i in members], device=model.device)
+            started = _now(model)
+            chosen = greedy(eager(model, cache), forced, prompt.new_tokens, step)
+            seconds += _now(model) - started
+        tokens += len(members) * steps
         out |= dict(zip(members, chosen.tolist(), strict=True))
-        if len(batches) > 1:
-            cache.batch_select_indices(torch.tensor([0], device=model.device))
-            cache.crop(-(length + prompt.new_tokens - 1))
     return {
         "tokens": [out[i] for i in range(len(out))],
         "texts": [loaded.tokenizer.decode(out[i]) for i in range(len(out))],
@@ -133,18 +140,6 @@ def _decode(loaded: LoadedModel, prompt: Prompt, cache: Any, step: Callable[[int
         "decode_tokens": tokens,
         "tokens_per_second": tokens / seconds,
     }
-
-
-def _greedy(model: Any, cache: Any, forced: torch.Tensor, new_tokens: int, step: Callable[[int], None]) -> torch.Tensor:
-    """Feed `forced` `[b, n]` token by token, then the most likely token each time; return `[b, new_tokens]`."""
-    chosen: list[torch.Tensor] = []
-    for position in range(forced.shape[1] + new_tokens - 1):
-        ids = forced[:, position] if position < forced.shape[1] else chosen[-1]
-        logits = model(ids[:, None], past_key_values=cache, use_cache=True).logits
-        if position >= forced.shape[1] - 1:
-            chosen.append(logits[:, -1].argmax(-1))
-        step(len(ids))
-    return torch.stack(chosen, dim=1)
 
 
 def _now(model: Any) -> float:

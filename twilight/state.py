@@ -119,6 +119,15 @@ class RowState:
                 self._tensors[name].scatter_(2, index, old)
         self._before = []
 
+    def save(self) -> tuple[int, dict[str, torch.Tensor]]:
+        """Return copies of all tensors, for `load`."""
+        return self._tokens, {name: tensor.clone() for name, tensor in self._tensors.items()}
+
+    def load(self, saved: tuple[int, dict[str, torch.Tensor]]) -> None:
+        """Be as when `save` returned `saved`, which is used up."""
+        self._tokens, self._tensors = saved
+        self._before = []
+
     def reserve(self, tokens: int) -> None:
         """Make room for rows of `tokens` tokens."""
         if tokens <= self._tokens:

@@ -6,6 +6,7 @@ A model that finds a code must attend to one line among thousands, which is what
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from twilight.evaluation.corpus import cut, heldout_text
@@ -63,7 +64,14 @@ def line_start(text: bytes, position: int) -> int:
     return text.rfind(b"\n", 0, position) + 1
 
 
-def build_fact_prompt(num_bytes: int, num_facts: int = 8, seed: int = 0, text: bytes | None = None) -> FactPrompt:
+def build_fact_prompt(
+    num_bytes: int,
+    num_facts: int = 8,
+    seed: int = 0,
+    text: bytes | None = None,
+    *,
+    depths: Sequence[float] | None = None,
+) -> FactPrompt:
     """Plant facts in held-out text, at line starts spread evenly over the context.
 
     Args:
@@ -71,10 +79,16 @@ def build_fact_prompt(num_bytes: int, num_facts: int = 8, seed: int = 0, text: b
         num_facts: how many facts to plant.
         seed: names, codes and text.
         text: text to plant them in; by default `heldout_text` of the same seed.
+        depths: instead of `num_facts`, where to plant one each, as fractions of the text: ascending, from 0 to 1.
 
     Raises:
-        ValueError: `num_facts` is below 1, `num_bytes` leaves no room for text, or `text` is too short.
+        ValueError: `depths` are not that, `num_facts` is below 1, `num_bytes` leaves no room for text, or `text` is
+            too short.
     """
+    if depths is not None:
+        if not depths or sorted(depths) != list(depths) or not 0 <= depths[0] <= depths[-1] <= 1:
+            raise ValueError(f"depths: expected fractions from 0 to 1, ascending, got {list(depths)}")
+        num_facts = len(depths)
     if num_facts < 1:
         raise ValueError(f"num_facts: expected at least 1, got {num_facts}")
     needed = num_facts * FACT_BYTES + 1
@@ -89,7 +103,11 @@ def build_fact_prompt(num_bytes: int, num_facts: int = 8, seed: int = 0, text: b
 
     rng = random.Random(seed)
     names, codes = random_names(rng, num_facts), random_codes(rng, num_facts)
-    starts = [line_start(text, (2 * i + 1) * room // (2 * num_facts)) for i in range(num_facts)]
+    if depths is None:
+        places = [(2 * i + 1) * room // (2 * num_facts) for i in range(num_facts)]
+    else:
+        places = [int(depth * room) for depth in depths]
+    starts = [line_start(text, place) for place in places]
     parts = []
     for start, end, name, code in zip(starts, [*starts[1:], room], names, codes, strict=True):
         parts += [fact_line(name, code), text[start:end]]

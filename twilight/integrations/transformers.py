@@ -72,6 +72,11 @@ class Handle:
             raise AttributeError(f"p: this handle prunes with {self.attention.pruner!r}, which has none")
         self.attention.pruner = replace(self.attention.pruner, p=value)
 
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the sparse layers' caches."""
+        return self._geometry
+
     def __repr__(self) -> str:
         attention = self.attention
         return f"<twilight.Handle: {attention.selector!r}, {attention.pruner!r}, {'; '.join(self.explain())}>"
@@ -140,6 +145,30 @@ class Handle:
                 del _ATTACHED[module]
         if model.config._attn_implementation == NAME:
             model.set_attn_implementation(self._before)
+
+    def reattach(self) -> None:
+        """Undo `detach`: the model attends with Twilight again, and caches made before serve again.
+
+        Raises:
+            UnsupportedModelError: the model is gone, or another handle's.
+        """
+        model = self._model()
+        if model is None:
+            raise UnsupportedModelError("the handle's model is gone: call twilight.attach(model, ...) on another")
+        modules = _attention_modules(model)
+        if any(_ATTACHED.get(module, self) is not self for module in modules):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has Twilight attached already; detach() the earlier handle first"
+            )
+        self._detached = False
+        self._coming.clear()  # of a step that an error ended
+        AttentionInterface.register(NAME, _attention_function)
+        AttentionMaskInterface.register(NAME, _mask_function)
+        if model.config._attn_implementation != NAME:
+            self._before = model.config._attn_implementation
+            model.set_attn_implementation(NAME)
+        for module in modules:
+            _ATTACHED[module] = self
 
     def __enter__(self) -> Handle:
         return self
@@ -358,11 +387,7 @@ def attach(
         )
     selector.prepare(geometry)
     handle = Handle(model, attention, geometry, layers)
-    AttentionInterface.register(NAME, _attention_function)
-    AttentionMaskInterface.register(NAME, _mask_function)
-    model.set_attn_implementation(NAME)
-    for module in modules:
-        _ATTACHED[module] = handle
+    handle.reattach()
     return handle
 
 

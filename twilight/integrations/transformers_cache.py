@@ -268,6 +268,26 @@ class TwilightCache(Cache):
                 self.paged.truncate(row, self.paged.table.lengths[row] - tokens)
             self.real = self.real[:, : self.real.shape[1] - removed]
 
+    @contextlib.contextmanager
+    def branch(self, repeats: int = 1) -> Iterator[None]:
+        """Meanwhile each sequence stands `repeats` times in the batch, and may go on; afterwards all is as before.
+
+        Tokens are taken back, and so is what their queries have added to the state that selector and budget keep, which
+        `crop` leaves. Rows share the pages that they have in common. After an error the cache is of no more use.
+        """
+        self.check_eager()
+        if self.paged is None:
+            raise ValueError("past_key_values: the cache is empty; run the prompt through the model first")
+        rows, columns, saved = self.num_rows, self.get_seq_length(), self.paged.save_state()
+        self.batch_repeat_interleave(repeats)
+        yield
+        self.check_eager()
+        if repeats > 1:
+            self.batch_select_indices(torch.arange(rows) * repeats)
+        if self.get_seq_length() > columns:
+            self.crop(columns - self.get_seq_length())
+        self.paged.load_state(saved)
+
     def reset(self) -> None:
         """Empty the cache, to be used for another batch."""
         super().reset()
