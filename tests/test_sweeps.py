@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from twilight import runs
 from twilight.cli import main
 from twilight.config import CONFIG_NAMES
@@ -250,6 +251,24 @@ def test_what_does_not_apply_is_no_failure_where_a_glob_found_it(toy, capfd):
 def test_p_is_not_swept_where_nothing_prunes_by_it(toy):
     assert main(["sweep", "task=toy", "pruner=none,top_p", "p=0.7,0.8", "selector=full"]) == 0
     assert sorted(ran(toy)) == ["full 0.7", "full 0.8", "full None"]
+
+
+def test_an_experiment_brings_lists_in_parts(toy, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "parts.yaml").write_text(
+        "# @package _global_\ndefaults: [override /task: toy]\nhydra:\n  sweeper:\n"
+        "    params: {selector: 'quest,full'}\n"
+        "    arms: [{pruner: none, budget.value: '256,1024'}, {pruner: top_p, budget.value: 8192}]\n"
+    )
+    words = ["sweep", "--config-dir", str(tmp_path / "mine"), "experiment=parts"]
+    assert main([*words, "p=0.9"]) == 0
+    made = [(r["config"]["selector"]["name"], r["config"]["budget"]["value"], r["config"]["p"])
+            for r in results(toy).values()]  # fmt: skip
+    parts = [(256, None), (1024, None), (8192, 0.9)]
+    assert sorted(made, key=str) == sorted([(name, *part) for name in ("quest", "full") for part in parts], key=str)
+    # The command line's list wins over the file's, and what both parts then make is run once.
+    assert main([*words, "selector=full", "pruner=none", "budget.value=512,256"]) == 0
+    assert ran(toy)[6:] == ["full None"]
 
 
 def test_nothing_runs_where_a_job_cannot_be_made(toy, capfd):

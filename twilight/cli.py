@@ -259,7 +259,7 @@ _ABOUT = {
     "sweep": "measure many:          twilight sweep 'selector=glob(*)' p=0.7,0.8 task=facts",
     "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
-    "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
+    "calibrate": "prepare a model:       twilight calibrate double_sparsity … | p …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
     "kernels": "the CUDA kernels:      twilight kernels list | compile | warmup | clear",
     "version": "print the version",

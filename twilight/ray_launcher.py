@@ -1,7 +1,7 @@
 """A Hydra launcher for Ray: a fixed set of actors, each a process that keeps its model from run to run.
 
-hydra-ray-launcher asks for boto3 and an old cloudpickle, and starts a Ray task for each run, which promises nothing about
-the process that it lands in.
+hydra-ray-launcher asks for boto3 and an old cloudpickle, and starts a Ray task for each run, which promises nothing
+about the process that it lands in.
 """
 
 from __future__ import annotations

@@ -78,11 +78,11 @@ def execute(cfg: DictConfig, config: Mapping[str, Any], folder: Path, overrides:
     runs.write_json(folder / runs.RUNNING, marker)
     try:
         done = task_module(config["task"]["name"]).run(cfg)
-        provenance = {**_provenance(cfg), "started": started, "seconds": time.perf_counter() - clock}
-        columns = {**runs.common_columns(config), "model_revision": provenance["model_revision"]}
+        about = {**provenance(cfg), "started": started, "seconds": time.perf_counter() - clock}
+        columns = {**runs.common_columns(config), "model_revision": about["model_revision"]}
         rows = [{**columns, **row} for row in done.rows]
         tables = {name: [{**columns, **row} for row in table] for name, table in done.tables.items()}
-        runs.write_json(folder / runs.RESULT, {**head, "provenance": provenance, "rows": rows, "tables": tables})
+        runs.write_json(folder / runs.RESULT, {**head, "provenance": about, "rows": rows, "tables": tables})
         return None
     except Exception as error:
         about = {
@@ -132,7 +132,8 @@ def _take_gpu() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["TWILIGHT_WORKER_GPU"] = gpu
 
 
-def _provenance(cfg: DictConfig) -> dict[str, Any]:
+def provenance(cfg: DictConfig) -> dict[str, Any]:
+    """Return what a result depends on beside its configuration: versions, device, type, kernels, the model's commit."""
     from twilight import kernels, loading
     from twilight.report import versions
 

@@ -1,8 +1,8 @@
 """What a run is on disk: a folder named after its configuration, with ``result.json`` once it is finished.
 
 The configuration that counts is what determines the result: the groups, not where files go, how much is shown, on which
-device, or in which order the overrides came. Its hash ends the folder's name, so that a run is found again by what it is.
-Files appear whole or not at all.
+device, or in which order the overrides came. Its hash ends the folder's name, so that a run is found again by what it
+is. Files appear whole or not at all.
 """
 
 from __future__ import annotations

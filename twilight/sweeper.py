@@ -95,6 +95,7 @@ class ResumingSweeper(Sweeper):
         Raises:
             SystemExit: 1 if a run failed, 2 if the jobs cannot be made.
         """
+        assert self.launcher is not None
         started = time.monotonic()
         try:
             plan = self.plan(arguments)
@@ -136,6 +137,7 @@ class ResumingSweeper(Sweeper):
         return [each_run[index] for index in runs.sweep_order([each.config for each in each_run])]
 
     def _planned(self, job: list[str], found: bool) -> Planned:
+        assert self.config is not None
         try:
             cfg = self.context.config_loader.load_sweep_config(self.config, list(job))
             for build in (config.build_selector, config.build_pruner, config.build_budget):
