@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,7 +69,7 @@ def task(site, monkeypatch, tmp_path) -> list[float]:
 
 def test_calibrate_p_writes_what_it_found(task, capsys):
     assert twilight(["calibrate", "p", "--drop", "0.05", "budget=0.5", "--selector", "full"]) == 0
-    found = json.loads(open("p.json").read())
+    found = json.loads(Path("p.json").read_text())
     # exp(0.02 + 0.8 - p) <= 1.05 from p = 0.7713 on.
     assert found["p"] == 0.78
     assert (found["method"], found["metric"], found["text"]) == ("p", "perplexity", "book abc")
@@ -84,9 +85,9 @@ def test_calibrate_p_writes_what_it_found(task, capsys):
 def test_what_the_selector_loses_is_no_ps_fault(task, capsys):
     assert main(["--drop", "0.01", "--out", "dense.json"]) == 1
     assert "the selector's own loss" in capsys.readouterr().out
-    assert json.loads(open("dense.json").read())["p"] is None
+    assert json.loads(Path("dense.json").read_text())["p"] is None
     assert main(["--drop", "0.01", "--against", "unpruned"]) == 0
-    assert json.loads(open("p.json").read())["p"] == 0.8
+    assert json.loads(Path("p.json").read_text())["p"] == 0.8
 
 
 @pytest.mark.parametrize(

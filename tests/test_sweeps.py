@@ -20,6 +20,7 @@ from twilight.cli import main
 from twilight.config import CONFIG_NAMES
 from twilight.overrides import check, expand_budget
 from twilight.running import gpu_of_worker
+from twilight.sweeper import ResumingSweeper
 
 TASK = """
 import os, time
@@ -271,6 +272,19 @@ def test_an_experiment_brings_lists_in_parts(toy, tmp_path):
     assert ran(toy)[6:] == ["full None"]
 
 
+def test_a_job_of_several_runs_has_one_model(toy, monkeypatch):
+    launched = []
+    launch = ResumingSweeper.jobs
+    monkeypatch.setattr(ResumingSweeper, "jobs", lambda self, todo: launched.extend(launch(self, todo)) or launched)
+    words = ["sweep", "task=toy", "p=0.7,0.8,0.9", "model.dtype=float32,bfloat16", "task.fail_at=0.8"]
+    assert main([*words, "hydra.sweeper.runs_per_job=2"]) == 1
+    assert len(launched) == 4  # two and one of each type
+    assert ran(toy) == ["quest 0.7", "quest 0.8", "quest 0.9"] * 2
+    assert {result["config"]["model"]["dtype"] for result in results(toy).values()} == {"float32", "bfloat16"}
+    assert len(results(toy)) == 4
+    assert all("hydra" not in word for result in results(toy).values() for word in result["overrides"])
+
+
 def test_nothing_runs_where_a_job_cannot_be_made(toy, capfd):
     for words in (["p=0.8,1.5"], ["selector=qest"], ["pruner=none,bounded_top_p", "pruner.tail=mean"]):
         assert main(["sweep", "task=toy", *words]) == 2
@@ -336,7 +350,7 @@ def test_a_killed_sweep_loses_nothing(toy):
     [
         ("joblib", "hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
         ("ray", "ray", ["hydra.launcher.workers=2"]),
-        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", []),
+        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", ["hydra.sweeper.runs_per_job=3"]),
     ],
 )
 @pytest.mark.slow
@@ -356,8 +370,7 @@ def test_launchers_run_and_record_the_same(toy, capfd, launcher, package, option
     assert len(results(toy)) == 2
     assert "2 done, 2 failed, 0 skipped" in done.stderr
     assert done.stderr.count("RuntimeError: cannot do 0.8") == 2
-    if launcher != "submitit_local":  # whose every run is a process
-        assert len(processes(toy)) == 2
+    assert len(processes(toy)) == 2
     assert main(["sweep", *words]) == 1
     assert len(ran(toy)) == 6
 

@@ -108,11 +108,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--metric", choices=METRICS, default="perplexity", help="what quality is")
     parser.add_argument("--text", help="UTF-8 text file to measure perplexity on; held-out Python source by default")
     parser.add_argument(
-        "--drop", type=float, default=0.01, help="allowed: 0.01 is 1 %% of perplexity, or 0.01 of accuracy"
+        "--drop", type=float, default=0.01, help="allowed: 0.01 is 1 %% of perplexity, 0.01 of accuracy"
     )
-    parser.add_argument(
-        "--against", choices=["dense", "unpruned"], default="dense", help="what quality is lost against"
-    )
+    parser.add_argument("--against", choices=["dense", "unpruned"], default="dense", help="what to compare with")
     parser.add_argument("--out", help="JSON file to write; p.json in the current folder by default")
     parser.add_argument("overrides", nargs="*", help="options of `twilight run`")
     args = parser.parse_intermixed_args(argv)

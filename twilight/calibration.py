@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         return calibrate_p.main(argv[1:])
     parser = argparse.ArgumentParser(
         prog="twilight calibrate",
-        description="Make the calibration file of a selector; `twilight calibrate p --help` is another thing, p itself.",
+        description="Make the calibration file of a selector. For p: `twilight calibrate p --help`.",
     )
     parser.add_argument("method", choices=["double_sparsity", "p"], help="the selector to calibrate, or p")
     parser.add_argument("--model", default="tiny", help="local folder or hub name; 'tiny' by default")

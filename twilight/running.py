@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import json
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -33,15 +35,26 @@ OmegaConf.register_new_resolver(
 )  # fmt: skip
 
 
-def job(cfg: DictConfig) -> dict[str, Any] | None:
-    """Run what Hydra composed, in the folder that it made; return the result, None if it failed in a sweep.
+def job(cfg: DictConfig) -> None:
+    """Run what Hydra composed, and what the sweeper has put behind it to be run by the same process.
 
     Raises:
         SystemExit: a single run that failed, after it has been told.
     """
     hydra = HydraConfig.get()
-    config, folder = runs.run_config(cfg), Path(hydra.runtime.output_dir)
     overrides = [str(word) for word in hydra.overrides.task]
+    _run(cfg, Path(hydra.runtime.output_dir), overrides)
+    if not hydra.sweeper.get("batch"):
+        return
+    for words in json.loads(Path(hydra.sweeper.batch).read_text(encoding="utf-8")):
+        cfg = compose(hydra.job.config_name, words)
+        folder = Path(hydra.sweep.dir) / runs.run_path(runs.run_config(cfg))
+        _run(cfg, folder, [word for word in words if not word.startswith("hydra")])
+
+
+def _run(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
+    hydra = HydraConfig.get()
+    config = runs.run_config(cfg)
     alone = hydra.mode != RunMode.MULTIRUN
     # The sweeper looks at the folder and says itself what became of the run.
     tell = alone or hydra.sweeper._target_ != SWEEPER
@@ -49,14 +62,14 @@ def job(cfg: DictConfig) -> dict[str, Any] | None:
     if result is not None:
         if tell:
             print(f"finished before: {folder / runs.RESULT}\n  --rerun runs it again", file=sys.stderr)
-        return result
+        return
     if hydra.runtime.choices.get("hydra/launcher") == "joblib":
         _take_gpu()
     error = execute(cfg, config, folder, overrides)
     if error is None:
         if tell:
             print(folder / runs.RESULT, file=sys.stderr)
-        return runs.read_result(folder, config)
+        return
     if tell:
         if isinstance(error, EXPECTED) and os.environ.get("TWILIGHT_DEBUG", "") in ("", "0"):
             print(f"error: {error}\n  where it was raised: {folder / runs.ERROR}", file=sys.stderr)
@@ -64,7 +77,6 @@ def job(cfg: DictConfig) -> dict[str, Any] | None:
             traceback.print_exception(error)
     if alone:
         raise SystemExit(1)
-    return None
 
 
 def execute(cfg: DictConfig, config: Mapping[str, Any], folder: Path, overrides: Sequence[str]) -> Exception | None:

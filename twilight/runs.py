@@ -102,7 +102,7 @@ def clear(folder: str | Path, *names: str) -> None:
             (Path(folder) / name).unlink()
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
+def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write `data` to `path`, which afterwards is whole, or as it was before if the process dies here."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

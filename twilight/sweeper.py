@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from twilight import config, running, runs
+from twilight.checks import check_positive
 from twilight.errors import did_you_mean
 from twilight.progress import Watch, print_summary
 from twilight.ray_launcher import RayLauncher
@@ -71,6 +72,8 @@ class ResumingSweeper(Sweeper):
         params: lists to sweep when the command line does not give the same option.
         arms: further lists, a mapping for each part of the sweep whose product is to be run by itself.
         rerun: run what is finished again.
+        runs_per_job: so many runs of one model go to the launcher as one job.
+        batch: the file with the other runs of a job; set for each job, not by users.
     """
 
     def __init__(
@@ -78,10 +81,13 @@ class ResumingSweeper(Sweeper):
         params: Mapping[str, Any] | None = None,
         arms: Sequence[Mapping[str, Any]] | None = None,
         rerun: bool = False,
+        runs_per_job: int = 1,
+        batch: str | None = None,
     ) -> None:
         self.params = dict(params or {})
         self.arms = [dict(arm) for arm in arms or [{}]]
         self.rerun = rerun
+        self.runs_per_job = runs_per_job
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -98,6 +104,7 @@ class ResumingSweeper(Sweeper):
         assert self.launcher is not None
         started = time.monotonic()
         try:
+            check_positive("hydra.sweeper.runs_per_job", self.runs_per_job)
             plan = self.plan(arguments)
         except (*running.EXPECTED, HydraException, OmegaConfBaseException) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -110,7 +117,7 @@ class ResumingSweeper(Sweeper):
         try:
             with watch:
                 if todo:
-                    returned = self.launcher.launch([each.overrides for each in todo], initial_job_idx=0)
+                    returned = self.launcher.launch(self.jobs(todo), initial_job_idx=0)
         finally:
             print_summary(plan, watch, time.monotonic() - started)
         for job in returned:
@@ -135,6 +142,26 @@ class ResumingSweeper(Sweeper):
                 planned.setdefault(str(each.folder), each)
         each_run = list(planned.values())
         return [each_run[index] for index in runs.sweep_order([each.config for each in each_run])]
+
+    def jobs(self, todo: Sequence[Planned]) -> list[list[str]]:
+        """Return the overrides of the launcher's jobs: those of a run, and where the others of its batch stand."""
+        assert self.config is not None
+        batches: list[list[Planned]] = []
+        for each in todo:
+            last = batches[-1] if batches else []
+            if last and len(last) < self.runs_per_job and last[0].config["model"] == each.config["model"]:
+                last.append(each)
+            else:
+                batches.append([each])
+        jobs = []
+        for first, *others in batches:
+            words = list(first.overrides)
+            if others:
+                path = Path(self.config.hydra.sweep.dir).absolute() / ".batches" / f"{first.folder.name}.json"
+                runs.write_json(path, [each.overrides for each in others])
+                words.append(f"hydra.sweeper.batch='{path}'")
+            jobs.append(words)
+        return jobs
 
     def _planned(self, job: list[str], found: bool) -> Planned:
         assert self.config is not None
