@@ -119,6 +119,10 @@ def test_the_hash_is_of_what_determines_the_result(toy):
     assert runs.config_hash(base) not in digests
 
 
+def test_the_hash_looks_at_no_order():
+    assert runs.config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == runs.config_hash({"b": {"d": 3, "c": 2}, "a": 1})
+
+
 def test_a_token_and_the_whole_length_are_two_budgets(toy):
     assert runs.config_hash(config("budget=1")) != runs.config_hash(config("budget=1.0"))
 
@@ -282,7 +286,10 @@ def test_a_job_of_several_runs_has_one_model(toy, monkeypatch):
     assert ran(toy) == ["quest 0.7", "quest 0.8", "quest 0.9"] * 2
     assert {result["config"]["model"]["dtype"] for result in results(toy).values()} == {"float32", "bfloat16"}
     assert len(results(toy)) == 4
-    assert all("hydra" not in word for result in results(toy).values() for word in result["overrides"])
+    assert {tuple(result["overrides"]) for result in results(toy).values()} == {
+        ("task=toy", f"p={p}", f"model.dtype={kind}", "task.fail_at=0.8")
+        for p in (0.7, 0.9) for kind in ("float32", "bfloat16")
+    }  # fmt: skip
 
 
 def test_nothing_runs_where_a_job_cannot_be_made(toy, capfd):

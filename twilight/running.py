@@ -49,7 +49,7 @@ def job(cfg: DictConfig) -> None:
     for words in json.loads(Path(hydra.sweeper.batch).read_text(encoding="utf-8")):
         cfg = compose(hydra.job.config_name, words)
         folder = Path(hydra.sweep.dir) / runs.run_path(runs.run_config(cfg))
-        _run(cfg, folder, [word for word in words if not word.startswith("hydra")])
+        _run(cfg, folder, words)
 
 
 def _run(cfg: DictConfig, folder: Path, overrides: list[str]) -> None:
