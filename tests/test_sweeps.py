@@ -394,3 +394,8 @@ def test_workers_take_turns_at_gpus():
     assert [gpu_of_worker(f"LokyProcess-{n}", ["2", "5"]) for n in (1, 2, 3)] == ["2", "5", "2"]
     assert gpu_of_worker("MainProcess", ["0", "1"]) is None
     assert gpu_of_worker("LokyProcess-1", []) is None
+
+
+def test_experiments_are_not_for_decode(toy, capfd):
+    assert main(["decode", "experiment=p_table_tiny"]) == 2
+    assert "twilight sweep experiment=p_table_tiny" in capfd.readouterr().err

@@ -81,6 +81,8 @@ def _hydra(verb: str, words: list[str]) -> int:
         sweeper.register()
         if not (args.hydra_help or args.shell_completion or args.config_path):
             sweeper.check_launcher(args.overrides)
+            if verb == "decode" and any(word.startswith("experiment=") for word in args.overrides):
+                raise ValueError("experiment: it is for measuring, as in twilight sweep experiment=p_table_tiny")
             composed = overrides.check(
                 args.overrides, multirun=args.multirun, config_name=args.config_name or name, folders=folders
             )

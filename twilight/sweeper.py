@@ -187,7 +187,6 @@ def check_launcher(words: Sequence[str]) -> None:
 
     Raises:
         MissingExtraError: what to install.
-        ValueError: there is no such launcher.
     """
     import importlib.util
 
@@ -205,7 +204,8 @@ def check_launcher(words: Sequence[str]) -> None:
         if key != "hydra/launcher":
             continue
         if name not in needs:
-            print(f"note: launcher '{name}' is none that twilight knows.{did_you_mean(name, needs)}", file=sys.stderr)
+            known = f"{did_you_mean(name, needs)}\n  known: {', '.join(needs)}  (docs/sweeps.md)"
+            print(f"note: launcher '{name}' is none that twilight knows.{known}", file=sys.stderr)
             continue
         try:
             there = importlib.util.find_spec(needs[name]) is not None
