@@ -62,6 +62,10 @@ def task(site, monkeypatch, tmp_path) -> list[float]:
         row = {"text": "book abc", "scored_tokens": 10, "b1_query": 100 * cfg.pruner.p, "kv_fraction": 0.1}
         return SimpleNamespace(rows=[{**row, "method": "dense", "nll": 1.0}, {**row, "method": "twilight", "nll": nll}])
 
+    # Two tasks of the names that are asked for, should the package have none.
+    hooks = 'import twilight\n@twilight.hookimpl\ndef twilight_config_searchpath():\n    return ["pkg://twx_p_conf"]\n'
+    confs = {f"twx_p_conf/task/{name}.yaml": f"name: {name}\nseed: 0\n" for name in ("perplexity", "facts")}
+    site.install("twx-p", {"p": "twx_p"}, {"twx_p.py": hooks, "twx_p_conf/__init__.py": "", **confs})
     monkeypatch.setattr(running, "task_module", lambda name: SimpleNamespace(run=run))
     monkeypatch.chdir(tmp_path)
     return ran
