@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -399,3 +400,50 @@ def test_workers_take_turns_at_gpus():
 def test_experiments_are_not_for_decode(toy, capfd):
     assert main(["decode", "experiment=p_table_tiny"]) == 2
     assert "twilight sweep experiment=p_table_tiny" in capfd.readouterr().err
+
+
+def test_the_model_is_loaded_once_for_every_selector_and_p(toy, monkeypatch):
+    pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    import torch
+
+    from twilight import config as built
+    from twilight import loading, running
+    from twilight.integrations.transformers import attach
+
+    def run(cfg: Any) -> SimpleNamespace:
+        options = dict(cfg.model)
+        layers = options.pop("dense_layers")
+        model = loading.load_model(**options).model
+        selector, pruner = built.build_selector(cfg), built.build_pruner(cfg)
+        with attach(model, selector, pruner=pruner, budget=0.5, dense_layers=layers, stats=True) as handle:
+            tokens = torch.arange(300)[None] % 250
+            model.generate(tokens, max_new_tokens=3, past_key_values=handle.cache(), do_sample=False)
+            kept = [row["b1_query"]["mean"] for row in handle.stats().summary()]
+        return SimpleNamespace(rows=[{"method": "twilight", "b1_query": sum(kept) / len(kept)}], tables={})
+
+    monkeypatch.setattr(running, "task_module", lambda name: SimpleNamespace(run=run))
+    loading.load_model.cache_clear()
+    words = ["sweep", "task=toy", "selector=quest,full", "p=0.7,0.9", "model.device=cpu"]
+    assert main(words) == 0
+    assert loading.load_model.cache_info().misses == 1
+    found = {(r["rows"][0]["selector"], r["rows"][0]["p"]): r for r in results(toy).values()}
+    for name in ("quest", "full"):
+        # Each p has run as itself, not as what the first of them had compiled or cached.
+        assert found[name, 0.7]["rows"][0]["b1_query"] < found[name, 0.9]["rows"][0]["b1_query"]
+    assert found["full", 0.7]["provenance"]["dtype"] == "float32"
+    assert found["full", 0.7]["provenance"]["kernels"] is None
+    assert found["full", 0.7]["provenance"]["model_hash"] == loading.model_hash(loading.tiny_path())
+
+
+def test_a_models_folder_has_a_hash_of_its_own(tmp_path):
+    from twilight.loading import model_hash
+
+    digests = set()
+    for name, weights in (("a", b"1"), ("b", b"2"), ("c", b"2" + bytes(3 << 20)), ("d", b"2" + bytes((3 << 20) + 1))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+        digests.add(model_hash(str(folder)))
+    assert len(digests) == 4
+    assert model_hash(str(tmp_path / "nowhere")) is None

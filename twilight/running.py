@@ -150,7 +150,7 @@ def provenance(cfg: DictConfig) -> dict[str, Any]:
     from twilight.report import versions
 
     found: dict[str, Any] = {"versions": versions(), "device": "cpu", "dtype": None, "kernels": None}
-    found["model_revision"] = cfg.model.get("revision")
+    found |= {"model_revision": cfg.model.get("revision"), "model_hash": None}
     if not loading.load_model.cache_info().currsize:  # a task without a model
         return found
     options = OmegaConf.to_container(cfg.model, resolve=True)
@@ -159,6 +159,7 @@ def provenance(cfg: DictConfig) -> dict[str, Any]:
     loaded = loading.load_model(**{str(key): value for key, value in options.items()})
     found["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     found["model_revision"] = getattr(loaded.model.config, "_commit_hash", None) or found["model_revision"]
+    found["model_hash"] = loading.model_hash(loaded.path)
     if loaded.model.device.type == "cuda":
         import torch
 
