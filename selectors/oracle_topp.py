@@ -9,6 +9,7 @@ import torch
 
 from twilight import Budget, Contract, Geometry, LayerCache, Selection, Selector, ops
 from twilight.checks import check_p
+from twilight.ops.quantize import check_bits, dequantize, quantize
 from twilight.ops.top_p import top_p_mask
 
 
@@ -20,23 +21,31 @@ class OracleTopP(Selector):
 
     Attributes:
         mass: the attention mass to keep for each query head, in (0, 1].
+        bits: choose by keys quantised to 2, 4 or 8 bits a channel, as estimates do (`twilight.ops.quantize`), made anew
+            from all keys each step; None is by the keys themselves. What fewer bits lose is Figure 6 of the paper.
     """
 
     name: ClassVar[str] = "oracle_topp"
     paper: ClassVar[str] = "Twilight, arXiv 2502.02770, definition 3.3"
 
     mass: float = 0.95
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         check_p(self.mass)
+        if self.bits is not None:
+            check_bits("bits", self.bits)
 
     def contract(self) -> Contract:
         return Contract(budget=False, dense=False)
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
+        keys = layer.k_pages
+        if self.bits is not None:
+            keys = dequantize(*quantize(keys, self.bits), self.bits)
         logits = ops.exact_logits(
-            q, layer.k_pages, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len, sm_scale=g.sm_scale
+            q, keys, layer.page_table, layer.seq_lens, max_seq_len=layer.max_seq_len, sm_scale=g.sm_scale
         )
         keep = top_p_mask(logits, self.mass).unflatten(1, (g.num_kv_heads, -1)).any(2)
         tokens = torch.arange(keep.shape[-1], device=q.device)

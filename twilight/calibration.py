@@ -108,8 +108,15 @@ def _is_order(row: Any, dim: int) -> bool:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``twilight calibrate METHOD ...``; return the exit status."""
-    parser = argparse.ArgumentParser(prog="twilight calibrate", description="Make the calibration file of a selector.")
-    parser.add_argument("method", choices=["double_sparsity"], help="the selector to calibrate")
+    if argv[:1] == ["p"]:
+        from twilight import calibrate_p
+
+        return calibrate_p.main(argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="twilight calibrate",
+        description="Make the calibration file of a selector. For p: `twilight calibrate p --help`.",
+    )
+    parser.add_argument("method", choices=["double_sparsity", "p"], help="the selector to calibrate, or p")
     parser.add_argument("--model", default="tiny", help="local folder or hub name; 'tiny' by default")
     parser.add_argument("--text", help="UTF-8 text file; Python source of the training split by default")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of the text to run (default 8192)")

@@ -52,35 +52,53 @@ def decode(argv: Sequence[str] | None = None) -> int:
 
 
 def _decode(words: list[str]) -> int:
+    return _hydra("decode", words)
+
+
+def _run(words: list[str]) -> int:
+    return _hydra("run", words)
+
+
+def _sweep(words: list[str]) -> int:
+    return _hydra("run", [*words, "--multirun"])
+
+
+def _hydra(verb: str, words: list[str]) -> int:
     from hydra._internal.utils import get_args_parser  # what hydra.main reads its own flags with
 
-    from twilight import config, overrides
+    from twilight import config, overrides, sweeper
 
+    name = config.CONFIG_NAMES[verb]
     try:
-        words = overrides.expand_budget(_expand_json(words))
+        words = overrides.expand_budget(_expand_json(words) if verb == "decode" else _expand_out(words))
         parser = get_args_parser()
-        parser.prog = "twilight decode"
+        parser.prog = f"twilight {verb}"
         args = parser.parse_args(words)
         if args.experimental_rerun is not None:
             raise ValueError("--experimental-rerun: it unpickles a file, which twilight does not do")
         folders = [os.path.abspath(args.config_dir)] if args.config_dir else []
         config.setup()
+        sweeper.register()
         if not (args.hydra_help or args.shell_completion or args.config_path):
+            sweeper.check_launcher(args.overrides)
+            if verb == "decode" and any(word.startswith("experiment=") for word in args.overrides):
+                raise ValueError("experiment: it is for measuring, as in twilight sweep experiment=p_table_tiny")
             composed = overrides.check(
-                args.overrides, multirun=args.multirun, config_name=args.config_name, folders=folders
+                args.overrides, multirun=args.multirun, config_name=args.config_name or name, folders=folders
             )
             _check_outputs(composed)
     except _EXPECTED as error:
         return _report(error, USAGE)
-    return _run_hydra(words)
+    if verb == "decode":
+        return _run_decode(words)
+    from twilight import running
+
+    return _run_hydra(verb, words, running.job)
 
 
-def _run_hydra(words: list[str]) -> int:
-    import hydra
+def _run_decode(words: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
-
-    from twilight import config, resources
 
     failures: list[BaseException] = []
 
@@ -100,10 +118,19 @@ def _run_hydra(words: list[str]) -> int:
             traceback.print_exc()
         return None
 
-    app = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=config.CONFIG_NAME)
+    return _run_hydra("decode", words, task) or (FAILED if failures else 0)
+
+
+def _run_hydra(verb: str, words: list[str], task: Callable[[Any], Any]) -> int:
+    import hydra
+
+    from twilight import config, resources
+
+    name = config.CONFIG_NAMES[verb]
+    app = hydra.main(version_base="1.3", config_path=str(resources.folder("conf")), config_name=name)
     outer = sys.argv
     # hydra.main takes the command line from nowhere else.
-    sys.argv = ["twilight decode", *words]
+    sys.argv = [f"twilight {verb}", *words]
     try:
         with config.search_path():
             app(task)()
@@ -113,7 +140,26 @@ def _run_hydra(words: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else FAILED if stop.code else 0
     finally:
         sys.argv = outer
-    return FAILED if failures else 0
+    return 0
+
+
+def _expand_out(words: list[str]) -> list[str]:
+    """Spell ``--out DIR`` and ``--rerun`` as overrides."""
+    expanded: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        key, _, folder = word.partition("=")
+        if word == "--rerun":
+            expanded.append("hydra.sweeper.rerun=true")
+        elif key == "--out":
+            folder = folder or next(rest, "")
+            if not folder or folder.startswith("-"):
+                raise ValueError("--out: expected the folder for runs, as in --out runs")
+            quoted = folder.rstrip("/").replace("'", "\\'")
+            expanded += [f"hydra.sweep.dir='{quoted}'", f"hydra.run.dir='{quoted}/${{run_folder:}}'"]
+        else:
+            expanded.append(word)
+    return expanded
 
 
 def _expand_json(words: list[str]) -> list[str]:
@@ -198,6 +244,8 @@ def _help(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "decode": _decode,
+    "run": _run,
+    "sweep": _sweep,
     "plugins": _plugins,
     "doctor": _doctor,
     "calibrate": _calibrate,
@@ -209,9 +257,11 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 _ABOUT = {
     "decode": "decode a long prompt:  twilight decode selector=quest p=0.9  (-m for sweeps; --help for all options)",
+    "run": "measure, and keep it:  twilight run task=facts selector=quest p=0.9",
+    "sweep": "measure many:          twilight sweep 'selector=glob(*)' p=0.7,0.8 task=facts",
     "plugins": "what is installed:     twilight plugins list | info NAME | new NAME | check NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
-    "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
+    "calibrate": "prepare a model:       twilight calibrate double_sparsity … | p …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
     "kernels": "the CUDA kernels:      twilight kernels list | compile | warmup | clear",
     "version": "print the version",

@@ -22,6 +22,8 @@ from twilight.registry import provider_name, registry
 from twilight.selector import Selector
 
 CONFIG_NAME = "config"
+CONFIG_NAMES = {"decode": CONFIG_NAME, "run": "run"}
+"""The primary configuration of each verb that Hydra serves."""
 PROVIDER = "twilight-attn"
 
 

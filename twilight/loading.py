@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -89,6 +90,25 @@ def load_model(
         if bars:
             logging.enable_progress_bar()
     return LoadedModel(model, tokenizer, str(where))
+
+
+@lru_cache(maxsize=8)
+def model_hash(path: str) -> str | None:
+    """Return 12 hexadecimal digits that tell a model's folder from another, None if `path` is no folder.
+
+    Of config and weights: each file's name, size, and first and last MiB. Sixteen gigabytes are not read for a number.
+    """
+    folder, digest = Path(path), hashlib.sha256()
+    if not folder.is_dir():
+        return None
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(1 << 20))
+            data.seek(max(size - (1 << 20), 0))
+            digest.update(data.read())
+    return digest.hexdigest()[:12]
 
 
 def tiny_path() -> str:

@@ -82,6 +82,23 @@ def test_top_p_is_the_union_of_minimal_sets(mass: float, group: int) -> None:
     assert chosen[3] == [[], []]
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_top_p_chooses_by_keys_of_so_many_bits(bits: int) -> None:
+    cache, keys, _ = fill(Geometry(1, 6, 2, 8, 4, torch.float32), LENGTHS)
+    layer = cache.layers[0]
+    q = 2 * torch.randn(3, 6, 8)
+    budget = UniformBudget(1).resolve(layer.seq_lens, 2, max_seq_len=50)
+    chosen = lists(OracleTopP(0.8, bits).select(q, layer, budget))
+    assert chosen != lists(OracleTopP(0.8).select(q, layer, budget)) or bits == 8
+    for row, length in enumerate(LENGTHS):
+        for head in range(2):
+            rough = [oracles.dequantize(key.tolist(), bits) for key in keys[0][row, :length, head]]
+            union: set[int] = set()
+            for query in range(3 * head, 3 * head + 3):
+                union |= oracles.top_p([float(key @ oracles.array(q[row, query])) * 8**-0.5 for key in rough], 0.8)
+            assert chosen[row][head] == sorted(union)
+
+
 def test_bytes_are_those_of_every_key() -> None:
     geometry = Geometry(1, 2, 2, 64)
     assert OracleTopK().bytes_per_token(geometry) == OracleTopP().bytes_per_token(geometry) == 128
@@ -90,5 +107,7 @@ def test_bytes_are_those_of_every_key() -> None:
 def test_refuses_parameters_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"p: expected a float in \(0, 1\], got 1.5"):
         OracleTopP(1.5)
+    with pytest.raises(ValueError, match="bits: expected"):
+        OracleTopP(bits=3)
     with pytest.raises(ValueError, match="reduce: expected 'softmax', 'sum', 'max', got 'union'"):
         OracleTopK("union")

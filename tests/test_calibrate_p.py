@@ -1,0 +1,110 @@
+"""The search for p: what it settles on, what it measures, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from twilight import running
+from twilight.calibrate_p import Search, drop, main, quality_of
+from twilight.cli import main as twilight
+
+
+def search(quality: Any, allowed: float, metric: str = "perplexity") -> Search:
+    return Search(metric, quality(1.0), allowed, lambda p: (quality(p), 10 * p, p))
+
+
+@pytest.mark.parametrize("edge", [0.51, 0.72, 0.87, 0.99, 1.0])
+def test_the_smallest_p_that_holds_is_found_in_few_steps(edge):
+    found = search(lambda p: 2.0 if p >= edge - 1e-9 else 2.1, 0.01)
+    assert found.smallest() == edge
+    assert len(found.measured) <= 8
+
+
+def test_the_ends():
+    assert search(lambda p: 2.0, 0).smallest() == 0.5
+    worse = Search("perplexity", 1.9, 0.01, lambda p: (2.0, None, None))
+    assert worse.smallest() is None
+    assert list(worse.measured) == [100]
+
+
+def test_a_drop_is_relative_for_perplexity_and_absolute_for_facts():
+    assert drop("perplexity", 2.2, 2.0) == pytest.approx(0.1)
+    assert drop("facts", 0.75, 1.0) == pytest.approx(0.25)
+    assert drop("facts", 1.0, 0.75) < 0
+
+
+def test_quality_weighs_rows_by_what_they_hold():
+    rows = [
+        {"method": "twilight", "nll": 1.0, "scored_tokens": 100, "asked": 4, "correct": 4},
+        {"method": "twilight", "nll": 2.0, "scored_tokens": 300, "asked": 12, "correct": 0},
+        {"method": "dense", "nll": 9.0, "scored_tokens": 1, "asked": 1, "correct": 1},
+    ]
+    assert quality_of("perplexity", rows, "twilight") == pytest.approx(math.exp(1.75))
+    assert quality_of("facts", rows, "twilight") == 0.25
+    with pytest.raises(ValueError, match="no row of 'dense'"):
+        quality_of("facts", rows[:2], "dense")
+
+
+@pytest.fixture
+def task(site, monkeypatch, tmp_path) -> list[float]:
+    """A task whose nll grows below p = 0.8; dense is better by 2 %. Returns the p's that it is run with."""
+    ran: list[float] = []
+
+    def run(cfg: Any) -> Any:
+        ran.append(cfg.pruner.p)
+        nll = 1.02 + max(0.0, 0.8 - cfg.pruner.p)
+        row = {"text": "book abc", "scored_tokens": 10, "b1_query": 100 * cfg.pruner.p, "kv_fraction": 0.1}
+        return SimpleNamespace(rows=[{**row, "method": "dense", "nll": 1.0}, {**row, "method": "twilight", "nll": nll}])
+
+    # Two tasks of the names that are asked for, should the package have none.
+    hooks = 'import twilight\n@twilight.hookimpl\ndef twilight_config_searchpath():\n    return ["pkg://twx_p_conf"]\n'
+    confs = {f"twx_p_conf/task/{name}.yaml": f"name: {name}\nseed: 0\n" for name in ("perplexity", "facts")}
+    site.install("twx-p", {"p": "twx_p"}, {"twx_p.py": hooks, "twx_p_conf/__init__.py": "", **confs})
+    monkeypatch.setattr(running, "task_module", lambda name: SimpleNamespace(run=run))
+    monkeypatch.chdir(tmp_path)
+    return ran
+
+
+def test_calibrate_p_writes_what_it_found(task, capsys):
+    assert twilight(["calibrate", "p", "--drop", "0.05", "budget=0.5", "--selector", "full"]) == 0
+    found = json.loads(Path("p.json").read_text())
+    # exp(0.02 + 0.8 - p) <= 1.05 from p = 0.7713 on.
+    assert found["p"] == 0.78
+    assert (found["method"], found["metric"], found["text"]) == ("p", "perplexity", "book abc")
+    assert (found["selector"]["name"], found["budget"]["value"]) == ("full", 0.5)
+    assert len(task) == len(set(task)) == len(found["measured"])
+    table = {each["p"]: each for each in found["measured"]}
+    assert table[0.78]["tokens"] == pytest.approx(78)
+    assert table[0.5]["drop"] == pytest.approx(math.exp(0.32) - 1)
+    told = capsys.readouterr().out
+    assert "p.json: p = 0.78 keeps perplexity within 0.05 of dense" in told
+
+
+def test_what_the_selector_loses_is_no_ps_fault(task, capsys):
+    assert main(["--drop", "0.01", "--out", "dense.json"]) == 1
+    assert "the selector's own loss" in capsys.readouterr().out
+    assert json.loads(Path("dense.json").read_text())["p"] is None
+    assert main(["--drop", "0.01", "--against", "unpruned"]) == 0
+    assert json.loads(Path("p.json").read_text())["p"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--drop", "-1"], "--drop: expected 0 or more"),
+        (["--text", "nowhere.txt"], "--text: no file 'nowhere.txt'"),
+        (["--metric", "facts", "--text", "x"], "--text: --metric facts makes its own text"),
+        (["pruner=none"], "pruner=none: it has no p to calibrate"),
+        (["selector=qest"], "Did you mean 'quest'?"),
+    ],
+)
+def test_wrong_words(task, capsys, words, message):
+    assert twilight(["calibrate", "p", *words]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert task == []

@@ -1,0 +1,449 @@
+"""Runs and sweeps, with a task that costs nothing: what is on disk, what is run again, and what is said."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from twilight import runs
+from twilight.cli import main
+from twilight.config import CONFIG_NAMES
+from twilight.overrides import check, expand_budget
+from twilight.running import gpu_of_worker
+from twilight.sweeper import ResumingSweeper
+
+TASK = """
+import os, time
+from types import SimpleNamespace
+from twilight.errors import UnsupportedModelError
+from twilight.hookspecs import hookimpl
+from twilight.tasks import TASKS
+
+TASKS["toy"] = "twx_toy"
+
+@hookimpl
+def twilight_config_searchpath():
+    return ["pkg://twx_toy_conf"]
+
+
+def run(cfg):
+    with open(os.environ["TOY_LOG"], "a") as log:
+        log.write(f"{cfg.selector.name} {cfg.pruner.get('p')} {os.getpid()}\\n")
+    time.sleep(cfg.task.seconds)
+    if cfg.selector.name in ("nsa", "double_sparsity"):
+        raise UnsupportedModelError(f"{cfg.selector.name}: not with this model")
+    if cfg.pruner.get("p") == cfg.task.fail_at and not os.environ.get("TOY_MENDED"):
+        raise RuntimeError(f"cannot do {cfg.p}")
+    score = cfg.p * len(cfg.selector.name) + cfg.task.seed
+    return SimpleNamespace(
+        rows=[{"method": "dense", "accuracy": 1.0}, {"method": "twilight", "accuracy": score, "pid": os.getpid()}],
+        tables={"budgets": [{"layer": 2, "b1_query": score}]},
+    )
+"""
+CONF = "name: toy\nseconds: 0\nfail_at: 2\nseed: 0\nplot: null\n"
+
+
+@pytest.fixture
+def toy(site, tmp_path, monkeypatch) -> Path:
+    """A folder to work in, and the task `toy` by way of a plugin; the log says what ran."""
+    files = {"twx_toy.py": TASK, "twx_toy_conf/__init__.py": "", "twx_toy_conf/task/toy.yaml": CONF}
+    site.install("twx-toy", {"toy": "twx_toy"}, files)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("PYTHONPATH", str(site.folder))
+    from twilight.tasks import TASKS
+
+    monkeypatch.setitem(TASKS, "toy", "twx_toy")
+    yield work
+    for name in [name for name in sys.modules if name.startswith("twx_toy")]:
+        del sys.modules[name]
+
+
+def ran(work: Path) -> list[str]:
+    """What ran, in order: selector and p."""
+    log = work.parent / "log"
+    return [line.rpartition(" ")[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def processes(work: Path) -> set[str]:
+    return {line.split()[-1] for line in (work.parent / "log").read_text().splitlines()}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("**/result.json"))}
+
+
+def config(*words: str) -> dict[str, Any]:
+    (cfg,) = check(expand_budget(words), multirun=False, config_name=CONFIG_NAMES["run"])
+    return runs.run_config(cfg)
+
+
+# What a run is.
+
+
+def test_the_hash_is_of_what_determines_the_result(toy):
+    base = config("task=toy", "p=0.9", "selector=quest")
+    same = [
+        ("selector=quest", "p=0.90", "task=toy"),
+        ("task=toy", "pruner.p=0.9", "p=0.5"),
+        ("task=toy", "p=0.9", "model.device=cuda:1"),
+        ("task=toy", "p=0.9", "task.plot=${hydra:runtime.output_dir}/a.png"),
+        ("task=toy", "p=0.9", "hydra.sweep.dir=elsewhere"),
+    ]
+    for words in same:
+        assert runs.config_hash(config(*words)) == runs.config_hash(base), words
+    other = [
+        ("task=toy", "p=0.91"),
+        ("task=toy", "p=0.9", "selector=full"),
+        ("task=toy", "p=0.9", "selector.reduce=max"),
+        ("task=toy", "p=0.9", "task.seed=1"),
+        ("task=toy", "p=0.9", "budget=0.5"),
+        ("task=toy", "p=0.9", "model.dtype=bfloat16"),
+        ("task=toy", "p=0.9", "model.dense_layers=1"),
+        ("task=decode", "p=0.9"),
+    ]
+    digests = {runs.config_hash(config(*words)) for words in other}
+    assert len(digests) == len(other)
+    assert runs.config_hash(base) not in digests
+
+
+def test_the_hash_looks_at_no_order():
+    assert runs.config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == runs.config_hash({"b": {"d": 3, "c": 2}, "a": 1})
+
+
+def test_a_token_and_the_whole_length_are_two_budgets(toy):
+    assert runs.config_hash(config("budget=1")) != runs.config_hash(config("budget=1.0"))
+
+
+def test_without_a_p_to_prune_by_p_is_no_part_of_a_run(toy):
+    one, two = (config("task=toy", "pruner=none", f"p={p}") for p in (0.7, 0.8))
+    assert one == two
+    assert one["p"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "pattern"),
+    [
+        (["p=0.9"], r"toy/quest-top_p-p0\.9-b0\.25-[0-9a-f]{12}"),
+        (["pruner=none", "budget=1024"], r"toy/quest-none-b1024-[0-9a-f]{12}"),
+        (["budget=pyramid"], r"toy/quest-top_p-p0\.95-bpyramid_0\.25-[0-9a-f]{12}"),
+        (["model=hf", "model.path=Qwen/Qwen3-0.6B"], r"toy/Qwen3_0\.6B-quest-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
+    ],
+)
+def test_folders_can_be_read(toy, words, pattern):
+    assert re.fullmatch(pattern, runs.run_path(config("task=toy", *words)))
+
+
+def test_rows_begin_with_what_made_them(toy):
+    columns = runs.common_columns(config("task=toy", "selector.reduce=max", "pruner=bounded_top_p", "pruner.tail=mean"))
+    assert (columns["selector"], columns["selector_options"]) == ("quest", "reduce=max")
+    assert (columns["pruner"], columns["pruner_options"], columns["p"]) == ("bounded_top_p", "tail=mean", 0.95)
+    assert (columns["budget"], columns["budget_value"], columns["seed"]) == ("fraction", 0.25, 0)
+    assert (columns["task"], columns["model"]) == ("toy", "tiny")
+
+
+def test_models_change_least_and_p_most(toy):
+    words = [
+        ["selector=quest", "p=0.7"], ["selector=full", "p=0.7", "model.dtype=bfloat16"], ["selector=full", "p=0.7"],
+        ["selector=quest", "p=0.8"], ["selector=full", "p=0.8"], ["selector=quest", "p=0.7", "model.dtype=bfloat16"],
+    ]  # fmt: skip
+    assert runs.sweep_order([config("task=toy", *each) for each in words]) == [0, 3, 2, 4, 5, 1]
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "result.json"
+    runs.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        runs.write_json(path, {"a": [1, object()]})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
+
+
+# One run.
+
+
+def test_run_leaves_a_result_and_does_it_once(toy, capfd):
+    assert main(["run", "task=toy", "p=0.9", "task.seed=3"]) == 0
+    (path,) = toy.glob("runs/**/result.json")
+    assert {each.name for each in path.parent.iterdir()} == {"result.json"}
+    result = json.loads(path.read_text())
+    assert result["schema"] == 1
+    assert result["overrides"] == ["task=toy", "p=0.9", "task.seed=3"]
+    assert path.parent.name.endswith(result["config_hash"])
+    assert result["config_hash"] == runs.config_hash(result["config"])
+    assert result["provenance"]["versions"]["torch"]
+    assert result["rows"][1]["accuracy"] == pytest.approx(0.9 * 5 + 3)
+    assert result["rows"][0]["method"] == "dense"
+    assert result["rows"][1]["config_hash"] == result["config_hash"]
+    assert result["tables"]["budgets"][0]["selector"] == "quest"
+    before = path.read_text()
+    assert main(["run", "task.seed=3", "p=0.9", "task=toy"]) == 0
+    assert "finished before" in capfd.readouterr().err
+    assert (len(ran(toy)), path.read_text()) == (1, before)
+    assert main(["run", "task.seed=3", "p=0.9", "task=toy", "--rerun"]) == 0
+    assert len(ran(toy)) == 2
+
+
+def test_a_run_that_fails_leaves_why(toy, capfd):
+    assert main(["run", "task=toy", "p=0.8", "task.fail_at=0.8", "--out", "some where"]) == 1
+    (path,) = toy.glob("some where/toy/*/error.json")
+    error = json.loads(path.read_text())
+    assert error["error"] == "RuntimeError: cannot do 0.8"
+    assert "in run" in error["traceback"]
+    assert not results(toy)
+    assert "RuntimeError: cannot do 0.8" in capfd.readouterr().err
+
+
+# Sweeps.
+
+
+def test_a_sweep_orders_skips_and_tells(toy, capfd):
+    words = ["task=toy", "p=0.7,0.8", "selector=quest,full"]
+    assert main(["sweep", *words]) == 0
+    assert ran(toy) == ["quest 0.7", "quest 0.8", "full 0.7", "full 0.8"]
+    told = capfd.readouterr().err
+    assert "[4/4] done: toy/full-top_p-p0.8-b0.25-" in told
+    assert "4 done, 0 failed, 0 skipped" in told
+    before = results(toy)
+    assert main(["run", "-m", "p=0.7,0.8,0.9", "selector=full,quest", "task=toy"]) == 0
+    assert ran(toy)[4:] == ["full 0.9", "quest 0.9"]
+    assert "2 done, 0 failed, 4 skipped" in capfd.readouterr().err
+    after = results(toy)
+    assert len(after) == 6
+    assert {name: after[name] for name in before} == before
+    assert main(["sweep", *words, "--rerun"]) == 0
+    assert len(ran(toy)) == 10
+
+
+def test_a_failure_is_told_at_once_and_mended_by_the_next_sweep(toy, capfd, monkeypatch):
+    words = ["sweep", "task=toy", "p=0.7,0.8,0.9", "task.fail_at=0.8", "task.seconds=0.5"]
+    assert main(words) == 1
+    assert ran(toy) == ["quest 0.7", "quest 0.8", "quest 0.9"]
+    told = capfd.readouterr().err
+    assert told.count("Traceback") == 1
+    assert told.index("RuntimeError: cannot do 0.8") < told.index("done: toy/quest-top_p-p0.9")
+    assert "2 done, 1 failed, 0 skipped" in told
+    assert len(list(toy.glob("runs/**/error.json"))) == 1
+    monkeypatch.setenv("TOY_MENDED", "1")
+    assert main(words) == 0
+    assert ran(toy)[3:] == ["quest 0.8"]
+    assert not list(toy.glob("runs/**/error.json"))
+    assert len(results(toy)) == 3
+
+
+def test_what_does_not_apply_is_no_failure_where_a_glob_found_it(toy, capfd):
+    assert main(["sweep", "task=toy", "selector=glob([nsa,full])"]) == 0
+    told = capfd.readouterr().err
+    assert "1 done, 0 failed, 0 skipped, 1 not applicable" in told
+    assert "UnsupportedModelError: nsa: not with this model" in told
+    assert "Traceback" not in told
+    assert main(["sweep", "task=toy", "selector=nsa,full"]) == 1
+    assert "0 done, 1 failed, 1 skipped" in capfd.readouterr().err
+
+
+def test_p_is_not_swept_where_nothing_prunes_by_it(toy):
+    assert main(["sweep", "task=toy", "pruner=none,top_p", "p=0.7,0.8", "selector=full"]) == 0
+    assert sorted(ran(toy)) == ["full 0.7", "full 0.8", "full None"]
+
+
+def test_an_experiment_brings_lists_in_parts(toy, tmp_path):
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "parts.yaml").write_text(
+        "# @package _global_\ndefaults: [override /task: toy]\nhydra:\n  sweeper:\n"
+        "    params: {selector: 'quest,full'}\n"
+        "    arms: [{pruner: none, budget.value: '256,1024'}, {pruner: top_p, budget.value: 8192}]\n"
+    )
+    words = ["sweep", "--config-dir", str(tmp_path / "mine"), "experiment=parts"]
+    assert main([*words, "p=0.9"]) == 0
+    made = [(r["config"]["selector"]["name"], r["config"]["budget"]["value"], r["config"]["p"])
+            for r in results(toy).values()]  # fmt: skip
+    parts = [(256, None), (1024, None), (8192, 0.9)]
+    assert sorted(made, key=str) == sorted([(name, *part) for name in ("quest", "full") for part in parts], key=str)
+    # The command line's list wins over the file's, and what both parts then make is run once.
+    assert main([*words, "selector=full", "pruner=none", "budget.value=512,256"]) == 0
+    assert ran(toy)[6:] == ["full None"]
+
+
+def test_a_job_of_several_runs_has_one_model(toy, monkeypatch):
+    launched = []
+    launch = ResumingSweeper.jobs
+    monkeypatch.setattr(ResumingSweeper, "jobs", lambda self, todo: launched.extend(launch(self, todo)) or launched)
+    words = ["sweep", "task=toy", "p=0.7,0.8,0.9", "model.dtype=float32,bfloat16", "task.fail_at=0.8"]
+    assert main([*words, "hydra.sweeper.runs_per_job=2"]) == 1
+    assert len(launched) == 4  # two and one of each type
+    assert ran(toy) == ["quest 0.7", "quest 0.8", "quest 0.9"] * 2
+    assert {result["config"]["model"]["dtype"] for result in results(toy).values()} == {"float32", "bfloat16"}
+    assert len(results(toy)) == 4
+    assert {tuple(result["overrides"]) for result in results(toy).values()} == {
+        ("task=toy", f"p={p}", f"model.dtype={kind}", "task.fail_at=0.8")
+        for p in (0.7, 0.9) for kind in ("float32", "bfloat16")
+    }  # fmt: skip
+
+
+def test_nothing_runs_where_a_job_cannot_be_made(toy, capfd):
+    for words in (["p=0.8,1.5"], ["selector=qest"], ["pruner=none,bounded_top_p", "pruner.tail=mean"]):
+        assert main(["sweep", "task=toy", *words]) == 2
+        assert "error: " in capfd.readouterr().err
+    assert ran(toy) == []
+
+
+def test_half_a_result_is_none(toy):
+    assert main(["run", "task=toy"]) == 0
+    (path,) = toy.glob("runs/**/result.json")
+    whole = path.read_text()
+    for broken in (whole[: len(whole) // 2], "", "[]", whole.replace(path.parent.name[-12:], "0" * 12)):
+        path.write_text(broken)
+        assert main(["sweep", "task=toy"]) == 0
+        assert json.loads(path.read_text())["rows"] == json.loads(whole)["rows"]
+    assert len(ran(toy)) == 5
+
+
+def test_a_killed_sweep_loses_nothing(toy):
+    words = ["sweep", "task=toy", "selector=quest,full", "p=0.6,0.7,0.8,0.9", "task.seconds=0.4"]
+    command = [sys.executable, "-m", "twilight.cli", *words]
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    for kill, finished in ((signal.SIGKILL, 2), (signal.SIGINT, 5)):
+        sweep = start()
+        deadline = time.monotonic() + 120
+        # In the middle of a run: the marker of the next is there.
+        while len(results(toy)) < finished or not list(toy.glob("runs/**/running.json")):
+            assert sweep.poll() is None and time.monotonic() < deadline, sweep.communicate()
+            time.sleep(0.02)
+        os.kill(sweep.pid, kill)
+        told = sweep.communicate()[1]
+        assert sweep.returncode == (130 if kill == signal.SIGINT else -9)
+        assert finished <= len(results(toy)) < 8
+    assert "not run: the same command goes on from here" in told
+    kept = {path: path.read_text() for path in toy.glob("runs/**/result.json")}
+    sweep = start()
+    assert "0 failed" in sweep.communicate(timeout=120)[1]
+    assert sweep.returncode == 0
+    assert all(path.read_text() == text for path, text in kept.items())
+    assert {path.name for path in toy.glob("runs/toy/*/*")} == {"result.json"}
+
+    straight = ["--out", "straight"]
+    assert main([*words, *straight]) == 0
+    ours, theirs = results(toy / "runs"), results(toy / "straight")
+    assert len(ours) == 8 and ours.keys() == theirs.keys()
+    for name in ours:
+        for result in (ours[name], theirs[name]):
+            result.pop("provenance")
+            result["rows"][1].pop("pid")
+        assert ours[name] == theirs[name]
+    # Two were cut short and run again.
+    assert len(ran(toy)) == 8 + 2 + 8
+
+
+# Launchers.
+
+
+@pytest.mark.parametrize(
+    ("launcher", "package", "options"),
+    [
+        ("joblib", "hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
+        ("ray", "ray", ["hydra.launcher.workers=2"]),
+        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", ["hydra.sweeper.runs_per_job=3"]),
+    ],
+)
+@pytest.mark.slow
+def test_launchers_run_and_record_the_same(toy, capfd, launcher, package, options):
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        pytest.skip(f"{package} is not installed: pip install 'twilight-attn[sweep]'")
+    words = ["task=toy", "selector=quest,full", "p=0.7,0.8", "task.fail_at=0.8", "task.seconds=0.3"]
+    command = [sys.executable, "-m", "twilight.cli", "sweep", *words, f"hydra/launcher={launcher}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert sorted(ran(toy)) == ["full 0.7", "full 0.8", "quest 0.7", "quest 0.8"]
+    assert str(os.getpid()) not in processes(toy)
+    assert len(results(toy)) == 2
+    assert "2 done, 2 failed, 0 skipped" in done.stderr
+    assert done.stderr.count("RuntimeError: cannot do 0.8") == 2
+    assert len(processes(toy)) == 2
+    assert main(["sweep", *words]) == 1
+    assert len(ran(toy)) == 6
+
+
+def test_a_launcher_that_is_not_installed_says_what_to_install(toy, capfd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    assert main(["sweep", "task=toy", "hydra/launcher=ray"]) == 2
+    assert "pip install 'twilight-attn[sweep]'" in capfd.readouterr().err
+    assert ran(toy) == []
+
+
+def test_workers_take_turns_at_gpus():
+    assert [gpu_of_worker(f"LokyProcess-{n}", ["2", "5"]) for n in (1, 2, 3)] == ["2", "5", "2"]
+    assert gpu_of_worker("MainProcess", ["0", "1"]) is None
+    assert gpu_of_worker("LokyProcess-1", []) is None
+
+
+def test_experiments_are_not_for_decode(toy, capfd):
+    assert main(["decode", "experiment=p_table_tiny"]) == 2
+    assert "twilight sweep experiment=p_table_tiny" in capfd.readouterr().err
+
+
+def test_the_model_is_loaded_once_for_every_selector_and_p(toy, monkeypatch):
+    pytest.importorskip("transformers", reason="needs the extra 'hf'")
+    import torch
+
+    from twilight import config as built
+    from twilight import loading, running
+    from twilight.integrations.transformers import attach
+
+    def run(cfg: Any) -> SimpleNamespace:
+        options = dict(cfg.model)
+        layers = options.pop("dense_layers")
+        model = loading.load_model(**options).model
+        selector, pruner = built.build_selector(cfg), built.build_pruner(cfg)
+        with attach(model, selector, pruner=pruner, budget=0.5, dense_layers=layers, stats=True) as handle:
+            tokens = torch.arange(300)[None] % 250
+            model.generate(tokens, max_new_tokens=3, past_key_values=handle.cache(), do_sample=False)
+            kept = [row["b1_query"]["mean"] for row in handle.stats().summary()]
+        return SimpleNamespace(rows=[{"method": "twilight", "b1_query": sum(kept) / len(kept)}], tables={})
+
+    monkeypatch.setattr(running, "task_module", lambda name: SimpleNamespace(run=run))
+    loading.load_model.cache_clear()
+    words = ["sweep", "task=toy", "selector=quest,full", "p=0.7,0.9", "model.device=cpu"]
+    assert main(words) == 0
+    assert loading.load_model.cache_info().misses == 1
+    found = {(r["rows"][0]["selector"], r["rows"][0]["p"]): r for r in results(toy).values()}
+    for name in ("quest", "full"):
+        # Each p has run as itself, not as what the first of them had compiled or cached.
+        assert found[name, 0.7]["rows"][0]["b1_query"] < found[name, 0.9]["rows"][0]["b1_query"]
+    assert found["full", 0.7]["provenance"]["dtype"] == "float32"
+    assert found["full", 0.7]["provenance"]["kernels"] is None
+    assert found["full", 0.7]["provenance"]["model_hash"] == loading.model_hash(loading.tiny_path())
+
+
+def test_a_models_folder_has_a_hash_of_its_own(tmp_path):
+    from twilight.loading import model_hash
+
+    digests = set()
+    for name, weights in (("a", b"1"), ("b", b"2"), ("c", b"2" + bytes(3 << 20)), ("d", b"2" + bytes((3 << 20) + 1))):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(weights)
+        digests.add(model_hash(str(folder)))
+    assert len(digests) == 4
+    assert model_hash(str(tmp_path / "nowhere")) is None

@@ -1,0 +1,204 @@
+"""Which p for a model: the smallest that keeps the quality of dense attention, or of the selector without a pruner.
+
+Quality is measured as the tasks of the same names do it, through the decode path. It is taken to fall as p falls, which
+holds but for noise: every p that was measured is in the table, with what it kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+METRICS = ("perplexity", "facts")
+LOWEST, HIGHEST = 50, 100
+"""Of p, in hundredths: below one half a head may keep a single token."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one p does.
+
+    Attributes:
+        p: the mass that was kept.
+        quality: perplexity, or the share of facts answered.
+        drop: how much worse than the reference: relative for perplexity, absolute for facts.
+        tokens: mean tokens that a query head keeps.
+        kv_fraction: bytes read, as a fraction of dense, in sparse layers.
+    """
+
+    p: float
+    quality: float
+    drop: float
+    tokens: float | None
+    kv_fraction: float | None
+
+
+@dataclass
+class Search:
+    """The bisection, and what it has measured on its way."""
+
+    metric: str
+    reference: float
+    allowed: float
+    measure: Callable[[float], tuple[float, float | None, float | None]]
+    tell: Callable[[Measured], None] = lambda each: None
+    measured: dict[int, Measured] = field(default_factory=dict)
+
+    def holds(self, hundredths: int) -> bool:
+        """Say whether that p stays within what is allowed, measuring it if it has not been yet."""
+        if hundredths not in self.measured:
+            quality, tokens, fraction = self.measure(hundredths / 100)
+            lost = drop(self.metric, quality, self.reference)
+            self.measured[hundredths] = Measured(hundredths / 100, quality, lost, tokens, fraction)
+            self.tell(self.measured[hundredths])
+        return self.measured[hundredths].drop <= self.allowed
+
+    def smallest(self) -> float | None:
+        """Return the smallest p, in hundredths, that stays within what is allowed; None if none does."""
+        if not self.holds(HIGHEST):
+            return None
+        if self.holds(LOWEST):
+            return LOWEST / 100
+        bad, good = LOWEST, HIGHEST
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            if self.holds(middle):
+                good = middle
+            else:
+                bad = middle
+        return good / 100
+
+
+def drop(metric: str, quality: float, reference: float) -> float:
+    """Return by how much `quality` is worse than `reference`; negative if it is better."""
+    return quality / reference - 1 if metric == "perplexity" else reference - quality
+
+
+def quality_of(metric: str, rows: Sequence[dict[str, Any]], method: str) -> float:
+    """Return the quality of a method over the rows of a task.
+
+    Perplexity is that of all scored tokens together, and accuracy that of all questions.
+
+    Raises:
+        ValueError: no row is of that method.
+    """
+    mine = [row for row in rows if row.get("method") == method]
+    if not mine:
+        raise ValueError(f"the task made no row of '{method}'")
+    if metric == "perplexity":
+        tokens = sum(row["scored_tokens"] for row in mine)
+        return math.exp(sum(row["nll"] * row["scored_tokens"] for row in mine) / tokens)
+    return sum(row["correct"] for row in mine) / sum(row["asked"] for row in mine)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``twilight calibrate p ...``; return the exit status, 1 if no p keeps the quality."""
+    parser = argparse.ArgumentParser(
+        prog="twilight calibrate p",
+        description="Find the smallest p, to a hundredth, that keeps quality within a drop.",
+        epilog="More options are those of the command line: budget=0.5 task.context=4096 …",
+    )
+    parser.add_argument("--model", default="tiny", help="local folder or hub name; 'tiny' by default")
+    parser.add_argument("--selector", default="quest", help="the selector (default quest)")
+    parser.add_argument("--metric", choices=METRICS, default="perplexity", help="what quality is")
+    parser.add_argument("--text", help="UTF-8 text file to measure perplexity on; held-out Python source by default")
+    parser.add_argument(
+        "--drop", type=float, default=0.01, help="allowed: 0.01 is 1 %% of perplexity, 0.01 of accuracy"
+    )
+    parser.add_argument("--against", choices=["dense", "unpruned"], default="dense", help="what to compare with")
+    parser.add_argument("--out", help="JSON file to write; p.json in the current folder by default")
+    parser.add_argument("overrides", nargs="*", help="options of `twilight run`")
+    args = parser.parse_intermixed_args(argv)
+    if not 0 <= args.drop < math.inf:
+        raise ValueError(f"--drop: expected 0 or more, got {args.drop}")
+    if args.text is not None and args.metric != "perplexity":
+        raise ValueError(f"--text: --metric {args.metric} makes its own text")
+    if args.text is not None and not Path(args.text).is_file():
+        raise FileNotFoundError(f"--text: no file '{args.text}'")
+    words = [f"task={args.metric}", f"selector={args.selector}", *args.overrides]
+    if args.model != "tiny":
+        words += ["model=hf", f"model.path='{args.model}'"]
+    if args.text is not None:
+        words.append(f"task.text='{args.text}'")
+    found = calibrate(words, metric=args.metric, allowed=args.drop, against=args.against)
+    out = Path(args.out or "p.json")
+    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    best = found["p"]
+    if best is None:
+        lost = found["measured"][-1]["drop"]
+        print(f"{out}: no p keeps {args.metric} within {args.drop:g}: p = 1 loses {lost:.4f}, the selector's own loss")
+        print("  a larger budget=… proposes more; --against unpruned measures what pruning alone loses")
+        return 1
+    print(f"{out}: p = {best:g} keeps {args.metric} within {args.drop:g} of {args.against}")
+    return 0
+
+
+def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str) -> dict[str, Any]:
+    """Search for p under a configuration, printing what is measured.
+
+    Args:
+        words: overrides of `twilight run`, without p.
+        metric: ``"perplexity"`` or ``"facts"``.
+        allowed: the drop that is allowed.
+        against: ``"dense"``, or ``"unpruned"``: the selector with p = 1.
+
+    Returns:
+        The search as plain data; its ``p`` is None if no p holds.
+    """
+    from twilight import running, runs
+    from twilight.config import CONFIG_NAMES
+    from twilight.overrides import check, expand_budget
+
+    results: dict[float, list[dict[str, Any]]] = {}
+    config: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+
+    def rows(p: float) -> list[dict[str, Any]]:
+        if p not in results:
+            job = expand_budget([*words, f"p={p}"])
+            (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"])
+            config.update(runs.run_config(cfg))
+            if config["p"] != p:
+                raise ValueError(f"pruner={config['pruner']['name']}: it has no p to calibrate")
+            results[p] = running.task_module(config["task"]["name"]).run(cfg).rows
+            provenance.update(running.provenance(cfg))
+        return results[p]
+
+    def measure(p: float) -> tuple[float, float | None, float | None]:
+        mine = [row for row in rows(p) if row.get("method") == "twilight"]
+        return quality_of(metric, mine, "twilight"), _mean(mine, "b1_query"), _mean(mine, "kv_fraction")
+
+    reference = quality_of(metric, rows(1.0), "dense" if against == "dense" else "twilight")
+    print(f"{against}: {metric} {reference:.4f}; allowed drop {allowed:g}")
+    search = Search(metric, reference, allowed, measure, tell=_tell)
+    best = search.smallest()
+    first = rows(1.0)[0]
+    return {
+        "method": "p",
+        "metric": metric,
+        "against": against,
+        "reference": reference,
+        "allowed_drop": allowed,
+        "p": best,
+        **{name: config[name] for name in ("selector", "pruner", "budget", "model", "task")},
+        "text": first.get("text"),
+        "seed": config["task"].get("seed"),
+        "provenance": provenance,
+        "measured": [asdict(search.measured[key]) for key in sorted(search.measured)],
+    }
+
+
+def _tell(each: Measured) -> None:
+    tokens = "" if each.tokens is None else f"  {each.tokens:8.1f} tokens a query head"
+    fraction = "" if each.kv_fraction is None else f"  {each.kv_fraction:6.1%} of the KV bytes"
+    print(f"p = {each.p:.2f}  quality {each.quality:9.4f}  drop {each.drop:+.4f}{tokens}{fraction}", flush=True)
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
+    values = [float(row[name]) for row in rows if isinstance(row.get(name), (int, float))]
+    return sum(values) / len(values) if values else None
