@@ -177,6 +177,12 @@ def _bench(words: list[str]) -> int:
     return int(resources.subpackage("benchmarks").main(words))
 
 
+def _report_runs(words: list[str]) -> int:
+    from twilight.reporting import main as reporting
+
+    return reporting.main(words)
+
+
 def _kernels(words: list[str]) -> int:
     from twilight import kernel_verbs
 
@@ -197,6 +203,7 @@ def _help(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "decode": _decode,
+    "report": _report_runs,
     "plugins": _plugins,
     "doctor": _doctor,
     "calibrate": _calibrate,
@@ -208,6 +215,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 _ABOUT = {
     "decode": "decode a long prompt:  twilight decode selector=quest p=0.9  (-m for sweeps; --help for all options)",
+    "report": "tables, pictures:      twilight report RUNS… [--out DIR]",
     "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",

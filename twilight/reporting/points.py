@@ -26,6 +26,9 @@ class Choice:
     budget_value: float | None
     p: float | None
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.rule}" + ("" if self.p is None else f" p={self.p:g}") + f", budget {self.size}"
+
     @property
     def name(self) -> str:
         """The selector and its options, which make one curve."""
@@ -102,7 +105,7 @@ def points(rows: Iterable[Row], metric: Metric) -> list[Point]:
 
 
 def tokens_read(row: dict[str, Any]) -> float | None:
-    """Return the tokens that a kv head reads, the union over its query heads; if that is not known, what a head keeps."""
+    """Return the tokens that a kv head reads, for its whole group; if that is not known, what a query head keeps."""
     read = number(row.get("b1_group"))
     return read if read is not None else number(row.get("b1_query"))
 
@@ -138,7 +141,7 @@ def representatives(rows: Sequence[Row], *, near: float = 0.9) -> tuple[dict[str
 
     def rank(how: Choice) -> tuple[Any, ...]:
         distance = 1.0 if how.p is None else abs(how.p - near)
-        return (-counts[_shared(how)], how.pruner != "top_p", distance, -(how.p or 0.0), str(how))
+        return (-counts[_shared(how)], how.pruner != "top_p", distance, -(how.p or 0.0), how.name, str(how))
 
     chosen = {name: min(group, key=rank) for name, group in groups.items()}
     return {name: groups[name][how] for name, how in sorted(chosen.items())}, dict(sorted(chosen.items()))

@@ -1,7 +1,8 @@
 """Which runs may share a curve: those of one setting.
 
-A setting is all that quality and speed depend on beside what is compared (selector, budget, pruner, p, seed) and what has an
-axis or a panel of its own (context, depth, batch): model and weights, text, versions, device, type, kernels, options of the task.
+A setting is all that quality and speed depend on beside what is compared (selector, budget, pruner, p, seed) and what
+has an axis or a panel of its own (context, depth, batch): model and weights, text, versions, device, type, kernels,
+options of the task.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 from .collect import Run
 
+_LISTS = {"options": "; ", "versions": ", "}
+_ITSELF = ("text", "options", "versions", "device", "dtype")
+"""Parts that are understood without their names."""
 _NOT_OPTIONS = {"name", "seed", "json", "plot"}
 
 
@@ -53,7 +57,7 @@ def setting(run: Run, row: Mapping[str, Any], columns: Collection[str]) -> Setti
         revision=_text(about.get("model_revision") or row.get("model_revision")),
         weights=_text(about.get("model_hash"))[:12],
         text=_text(row.get("text")),
-        options=", ".join(f"{name}={_text(value)}" for name, value in sorted(options.items())),
+        options="; ".join(f"{name}={_text(value)}" for name, value in sorted(options.items())),
         dtype=_text(about.get("dtype")),
         device=_text(row.get("gpu") or about.get("device")),
         kernels=_text(about.get("kernels"))[:12],
@@ -71,11 +75,10 @@ def labels(settings: Iterable[Setting]) -> dict[Setting, str]:
         parts = [each.model or "no model"]
         for name in differ:
             value = getattr(each, name)
-            if name in ("options", "versions"):  # lists: only the entries that not all have
-                value = ", ".join(part for part in value.split(", ") if not _in_all(part, name, every))
-            parts.append(
-                value if name in ("text", "options", "versions", "device", "dtype") else f"{name} {value or '?'}"
-            )
+            if name in _LISTS:  # only the entries that not all have
+                others = [set(_parts(name, getattr(other, name))) for other in every]
+                value = ", ".join(part for part in _parts(name, value) if not all(part in other for other in others))
+            parts.append(value if name in _ITSELF else f"{name} {value or '?'}")
         found[each] = ", ".join(part for part in parts if part)
     return found
 
@@ -89,24 +92,13 @@ def differences(settings: Iterable[Setting]) -> dict[str, list[str]]:
 
 def describe(one: Setting) -> str:
     """Say a setting in full, on a line."""
-    parts = [
-        one.model,
-        f"revision {one.revision}" if one.revision else "",
-        f"weights {one.weights}" if one.weights else "",
-    ]
-    parts += [
-        one.text,
-        one.options,
-        one.dtype,
-        one.device,
-        f"kernels {one.kernels}" if one.kernels else "",
-        one.versions,
-    ]
-    return ", ".join(part for part in parts if part)
+    parts = [(each.name, getattr(one, each.name)) for each in fields(Setting) if each.name not in ("task", "model")]
+    said = [value if name in _ITSELF else f"{name} {value}" for name, value in parts if value]
+    return ", ".join([one.model or "no model", *said])
 
 
-def _in_all(part: str, name: str, every: list[Setting]) -> bool:
-    return all(part in getattr(each, name).split(", ") for each in every)
+def _parts(name: str, value: str) -> list[str]:
+    return value.split(_LISTS[name])
 
 
 def _text(value: Any) -> str:
