@@ -432,9 +432,7 @@ def test_generate_on_a_gpu_replays_and_samples_as_eagerly(device, options, monke
     ids, mask = (part.to(device) for part in prompt(rows=3))
     replays = []
     replay = transformers_step.DecodeGraph.replay
-    monkeypatch.setattr(
-        transformers_step.DecodeGraph, "replay", lambda self: (replays.append(self), replay(self))[1]
-    )
+    monkeypatch.setattr(transformers_step.DecodeGraph, "replay", lambda self: (replays.append(self), replay(self))[1])
     # Tokens are drawn from logits that graphs and eager steps round alike: p=1 keeps everything, in one order.
     with twilight.attach(model, "full", 1.0, min_context=0) as handle:
         got = seeded(handle.generate, ids, attention_mask=mask, **options)

@@ -11,11 +11,14 @@ from typing import Any
 
 SKILL = {"quest": 1.0, "double_sparsity": 0.9, "full": 0.6, "streaming_llm": 4.0, "oracle_topp": 0.5}
 """How much of the error each selector makes."""
+TOKENS = {"quest": 1.15, "double_sparsity": 1.0, "full": 1.4, "streaming_llm": 0.8, "oracle_topp": 1.25}
 LAYERS, DENSE_LAYERS, HEADS = 7, 2, 6
 VERSIONS = {"python": "3.11.7", "twilight-attn": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
 
 
-def config(task: str, selector: str, p: float | None, *, budget: float = 0.25, model: str = "tiny", **options: Any) -> dict:
+def config(
+    task: str, selector: str, p: float | None, *, budget: float = 0.25, model: str = "tiny", **options: Any
+) -> dict:
     pruner = {"name": "none"} if p is None else {"name": "top_p", "p": p}
     return {
         "p": p,
@@ -31,8 +34,16 @@ def digest(of: dict) -> str:
     return hashlib.sha256(json.dumps(of, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
-def write(folder: Path, of: dict, rows: list[dict], tables: dict | None = None, *, started: str = "2026-03-01T10:00:00+00:00",
-          common: bool = True, **provenance: Any) -> Path:  # fmt: skip
+def write(
+    folder: Path,
+    of: dict,
+    rows: list[dict],
+    tables: dict | None = None,
+    *,
+    started: str = "2026-03-01T10:00:00+00:00",
+    common: bool = True,
+    **provenance: Any,
+) -> Path:
     """Write ``result.json`` as the contract says it, in a folder of its own under `folder`."""
     first = {
         "task": of["task"]["name"], "method": "twilight", "model": of["model"]["name"], "model_revision": None,
@@ -53,7 +64,9 @@ def write(folder: Path, of: dict, rows: list[dict], tables: dict | None = None, 
     return path
 
 
-def write_error(folder: Path, of: dict, error: str = "ValueError: no such thing", *, not_applicable: bool = False) -> Path:
+def write_error(
+    folder: Path, of: dict, error: str = "ValueError: no such thing", *, not_applicable: bool = False
+) -> Path:
     path = folder / of["task"]["name"] / f"{of['selector']['name']}-{digest(of)}" / "error.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     trace = f'Traceback (most recent call last):\n  File "x.py", line 1, in <module>\n{error}\n'
@@ -70,7 +83,7 @@ def overrides(of: dict) -> list[str]:
 def budgets(context: int, selector: str, p: float | None, budget: float) -> dict[str, Any]:
     """Return the columns on tokens read, in the size that the small model's have."""
     b0 = budget * context if selector != "full" else context
-    kept = b0 if p is None else min(b0, 14 * (1 / (1.004 - p)) * (context / 4096) ** 0.6 * (1.4 if selector == "full" else 1))
+    kept = b0 if p is None else min(b0, 14 * (1 / (1.004 - p)) * (context / 4096) ** 0.6 * TOKENS[selector])
     group = min(b0, 2.3 * kept)
     return {
         "seq_len": context, "b0": b0, "b1_query": kept, "b1_group": group, "b1_query_fraction": kept / context,
@@ -80,8 +93,14 @@ def budgets(context: int, selector: str, p: float | None, budget: float) -> dict
     }  # fmt: skip
 
 
-def fidelity(folder: Path, selector: str, p: float | None, contexts: tuple[int, ...] = (4096, 8192), budget: float = 0.25,
-             **more: Any) -> Path:  # fmt: skip
+def fidelity(
+    folder: Path,
+    selector: str,
+    p: float | None,
+    contexts: tuple[int, ...] = (4096, 8192),
+    budget: float = 0.25,
+    **more: Any,
+) -> Path:
     of = config("fidelity", selector, p, budget=budget, contexts=list(contexts))
     rng = random.Random(f"{selector}{p}")
     rows, heads, where = [], [], []
@@ -135,10 +154,9 @@ def facts(folder: Path, selector: str, p: float | None, contexts: tuple[int, ...
             right = sum(rng.random() > lost for _ in range(dense))
             for method, correct in (("dense", dense), ("twilight", right)):
                 share = correct / asked
-                rows.append(
-                    {"method": method, "kind": kind, "context": context, "depth": depth, "asked": asked, "correct": correct,
-                     "accuracy": share, "stderr": math.sqrt(share * (1 - share) / asked), **(read if method != "dense" else {})}
-                )  # fmt: skip
+                row = {"method": method, "kind": kind, "context": context, "depth": depth, "asked": asked}
+                row |= {"correct": correct, "accuracy": share, "stderr": math.sqrt(share * (1 - share) / asked)}
+                rows.append(row | (read if method != "dense" else {}))
     return write(folder, of, rows, **more)
 
 
@@ -154,8 +172,8 @@ def speed(folder: Path, selector: str, p: float | None, budget: float = 0.25, fu
             dense, total = 15 + 14 * work, sum(parts.values())
             stages = {f"{name}_us": None if fused else us for name, us in parts.items()}
             rows.append(
-                {"batch": batch, "context": context, "gpu": "NVIDIA H200", **stages, "total_us": total, "dense_us": dense,
-                 "ratio": dense / total, "floor_fraction": 0.6}
+                {"batch": batch, "context": context, "gpu": "NVIDIA H200", **stages, "total_us": total,
+                 "dense_us": dense, "ratio": dense / total, "floor_fraction": 0.6}
             )  # fmt: skip
     return write(folder, of, rows, dtype="bfloat16", device="NVIDIA H200", kernels="00db56680b4233df", **more)
 
@@ -178,6 +196,11 @@ def everything(folder: Path, ps: tuple[float | None, ...] = (None, 0.7, 0.8, 0.8
             lm_eval(folder, selector, p, 0.5 - 0.02 * SKILL[selector] * (1 - (p or 0.99)) * 10 + 0.003 * order)
             if selector in ("quest", "double_sparsity"):
                 speed(folder, selector, p)
-    write_error(folder, config("facts", "nsa", 0.9), "UnsupportedModelError: nsa needs a model\nwith compression", not_applicable=True)
+    write_error(
+        folder,
+        config("facts", "nsa", 0.9),
+        "UnsupportedModelError: nsa needs a model\nwith compression",
+        not_applicable=True,
+    )
     write_error(folder, config("facts", "pqcache", 0.9), "RuntimeError: out of memory <b>")
     facts(folder / "again", "quest", 0.9, started="2026-03-02T10:00:00+00:00")

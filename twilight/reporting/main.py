@@ -89,7 +89,15 @@ def main(words: Sequence[str]) -> int:
         files += style.save(picture, args.out)
     command = shlex.join(["twilight", "report", *words])
     text = page(
-        found, merged, pictures, notes=notes, flags=flags, changed=changed, command=command, versions=versions()
+        found,
+        merged,
+        pictures,
+        args.out,
+        notes=notes,
+        flags=flags,
+        changed=changed,
+        command=command,
+        versions=versions(),
     )
     files.append(args.out / "index.html")
     part = files[-1].with_suffix(".html.part")

@@ -43,7 +43,8 @@ def budgets(rows: Sequence[Row]) -> list[Picture]:
                 spec = panel.get_subplotspec()
                 panel.set_ylabel("layer" if spec.is_first_col() else "")
                 panel.set_xlabel("query head")
-            figure.colorbar(image, ax=axes, label="tokens kept a step, mean", shrink=min(1.0, 3.2 / height))
+            bar = figure.colorbar(image, ax=axes, label="tokens kept a step, mean")
+            style.plain_log(bar.ax.yaxis)
             style.title(figure, f"Tokens that each head keeps{context}\n{label}")
         caption = (
             "Yellow heads keep many tokens, dark ones few, on one logarithmic scale for all panels; grey layers are "
@@ -93,7 +94,7 @@ def needles(rows: Sequence[Row]) -> list[Picture]:
                     panel.set_title(titles[name], fontsize=10)
                     panel.set_ylabel("depth of the fact" if panel.get_subplotspec().is_first_col() else "")
                     panel.set_xlabel("context length in tokens")
-                figure.colorbar(image, ax=axes, label="facts answered", shrink=min(1.0, 3.2 / height))
+                figure.colorbar(image, ax=axes, label="facts answered, share")
                 style.title(figure, f"Facts answered by depth and length: {kind}\n{label}")
             caption = (
                 "The share of planted facts that were answered: depth 0 % is the beginning of the context, 100 % its "
@@ -117,21 +118,26 @@ def positions(rows: Sequence[Row]) -> list[Picture]:
         if not groups:
             continue
         with style.drawing():
-            figure, axes = style.grid(
-                len(groups), columns=4, width=3.1, height=2.8, legend=1.3, sharex=True, sharey=True
-            )
+            figure, axes = style.grid(len(groups), columns=4, width=3.1, height=2.8, legend=1.3, sharey=True)
             for panel, (name, group) in zip(axes, groups.items(), strict=True):
                 for kind, colour, line in (("top_p", style.COLOURS[0], "-"), ("top_k", style.COLOURS[1], "--")):
                     bins = _density([row.values for row in group if row.values.get("kind") == kind])
                     if bins:
                         edges = [low for low, _, _ in bins] + [bins[-1][1]]
-                        panel.stairs([value for *_, value in bins], edges, color=colour, linestyle=line, linewidth=1.8)
+                        panel.stairs(
+                            [value for *_, value in bins],
+                            edges,
+                            baseline=None,
+                            color=colour,
+                            linestyle=line,
+                            linewidth=1.8,
+                        )
                 panel.axhline(1.0, color="0.6", linewidth=1, linestyle=":")
-                panel.set_yscale("log")
                 panel.set_title(f"{_short(name)}\n{_choice(chosen[name])}", fontsize=10)
                 style.tidy(panel)
                 spec = panel.get_subplotspec()
                 panel.set_ylabel("share ÷ uniform share" if spec.is_first_col() else "")
+            style.plain_log(axes[0].yaxis)
             _age_axis(axes, [row.values for group in groups.values() for row in group])
             handles = [
                 style.line(color=style.COLOURS[0], label="top-p"),
@@ -166,7 +172,7 @@ def _needle(panel: Any, group: Sequence[Row], contexts: Sequence[float], depths:
         for (y, x), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 colour = "white" if value < 0.55 else "black"
-                panel.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=9, color=colour)
+                panel.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=10, color=colour)
     panel.set_xticks(range(len(contexts)), [style.length(context) for context in contexts])
     scale = 100 if max(depths) <= 1 else 1
     panel.set_yticks(range(len(depths)), [f"{scale * depth:.0f} %" for depth in depths])
@@ -202,9 +208,10 @@ def _density(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, floa
 def _age_axis(axes: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> None:
     widths = [float(row["bin_high"]) - float(row["bin_low"]) for row in rows]
     if min(widths) > 0 and max(widths) > 4 * min(widths):
-        axes[0].set_xscale("symlog", linthresh=min(widths))
-        axes[0].set_xlim(0, max(float(row["bin_high"]) for row in rows))
+        for panel in axes:
+            panel.set_xscale("symlog", linthresh=min(widths))
     for panel in axes:
+        panel.set_xlim(0, max(float(row["bin_high"]) for row in rows))
         panel.set_xlabel("age, of the context")
 
 

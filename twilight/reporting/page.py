@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from . import style
 from .collect import Collected, Failure
 from .metrics import Metric, number
 from .settings import Setting, describe
@@ -66,6 +65,7 @@ def page(
     found: Collected,
     merged: Merged,
     pictures: Sequence[Picture],
+    folder: Path,
     *,
     notes: Sequence[str],
     flags: Sequence[str],
@@ -76,6 +76,7 @@ def page(
     """Return the page.
 
     Args:
+        folder: where `style.save` has put the pictures.
         notes: what a reader has to know before looking: what was left out, replaced, or kept apart.
         flags: points and rows that are better than dense by more than their error bars.
         changed: rows whose quality differs from the baseline's; None without a baseline.
@@ -89,7 +90,7 @@ def page(
         _list(notes),
         _flags(flags),
         _changed(changed, merged.metrics) if changed is not None else "",
-        *(_figure(picture) for picture in pictures),
+        *(_figure(picture, folder) for picture in pictures),
         *_tables(merged),
         _failures(found.failures),
         _runs(found),
@@ -101,11 +102,8 @@ def page(
     return "\n".join(part for part in parts if part)
 
 
-def _figure(picture: Picture) -> str:
-    buffer = io.StringIO()
-    with style.drawing():
-        picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    data = base64.b64encode(buffer.getvalue().encode()).decode()
+def _figure(picture: Picture, folder: Path) -> str:
+    data = base64.b64encode((folder / f"{picture.stem}.svg").read_bytes()).decode()
     name, width = _escape(picture.title), round(96 * picture.figure.get_size_inches()[0])
     return (
         f"<h2 id='{_escape(picture.stem)}'>{name}</h2><figure>"

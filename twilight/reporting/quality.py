@@ -26,8 +26,9 @@ def against_tokens(
         panels, left_out = _panels(mine)
         if not panels:
             continue
+        width = _legend_width(mine)
         with style.drawing():
-            figure, axes = style.grid(len(panels), legend=_legend_width(mine))
+            figure, axes = style.grid(len(panels), legend=width)
             for panel, (key, inside) in zip(axes, panels.items(), strict=True):
                 _curves(panel, inside, metric, looks)
                 _dense(panel, inside)
@@ -40,7 +41,7 @@ def against_tokens(
             hollow = any(not _pruned(point.choice) for point in mine)
             flags = any(point.flag for point in mine)
             style.legend(figure, _handles(mine, looks, hollow=hollow, flags=flags))
-            style.title(figure, f"Quality against tokens read: {metric.label}\n{names[where]}{left_out}")
+            style.title(figure, f"Quality against tokens read: {metric.label}\n{names[where]}{left_out}", legend=width)
         caption = (
             "Each point is a selector at one p and budget; a line joins those of a selector that none of its "
             f"others beats: fewer tokens, or better. {'Up' if metric.higher_is_better else 'Down'} and to the left "
@@ -64,17 +65,19 @@ def against_p(
         panels, left_out = _panels(mine, most=4)
         arms = sorted({_arm(point.choice) for point in mine})
         lines = {arm: style.LINES[index % len(style.LINES)] for index, arm in enumerate(arms)}
+        columns, width = len(panels), _legend_width(mine)
+        shift = _shifts(mine)
         with style.drawing():
-            columns = len(panels)
-            figure, axes = style.grid(2 * columns, columns=columns, height=3.0, legend=_legend_width(mine), sharex=True)
+            figure, axes = style.grid(2 * columns, columns=columns, height=3.0, legend=width, sharex=True)
             for index, (key, inside) in enumerate(panels.items()):
                 above, below = axes[index], axes[columns + index]
                 for (name, arm), group in _lines(inside).items():
                     look = {"color": looks[name].colour, "marker": looks[name].marker, "linestyle": lines[arm]}
-                    ps = [point.choice.p for point in group]
+                    ps = [point.choice.p or 0.0 for point in group]
                     bars = [Z * point.error if point.error is not None else 0.0 for point in group]
                     above.errorbar(
-                        ps, [point.value for point in group], bars if any(bars) else None, **look,
+                        [p + shift[name] for p in ps], [point.value for point in group],
+                        bars if any(bars) else None, **look,
                         markersize=5, linewidth=1.5, elinewidth=0.8, capsize=2,
                     )  # fmt: skip
                     read = [point for point in group if point.tokens]
@@ -95,10 +98,12 @@ def against_p(
             if len(arms) > 1:
                 handles += [style.line(label=arm, color="0.3", linestyle=line) for arm, line in lines.items()]
             style.legend(figure, handles)
-            style.title(figure, f"What p does: {metric.label}, and tokens read\n{names[where]}{left_out}")
+            said = f"What p does: {metric.label}, and tokens read\n{names[where]}{left_out}"
+            style.title(figure, said, legend=width)
         caption = (
-            "Above: quality, with dense attention dashed. Below: the tokens that a kv head reads a step. The p to "
-            "take is where the upper line has come to dense and the lower one has not yet left."
+            "Above: quality, with dense attention dashed. Below: the tokens that a kv head reads a step. The p to take "
+            "is where the upper line has come to dense and the lower one has not yet left. Upper lines are moved aside "
+            "a little, so that their bars can be seen."
         )
         caption += _pooled(mine) + _errors(mine, metric)
         stem = f"p-{metric.stem}{_number(order, points)}"
@@ -150,7 +155,8 @@ def _scale(panel: Any, inside: Sequence[Point], metric: Metric) -> None:
     if metric.column == "accuracy":
         panel.set_ylim(-0.03, 1.05)
     elif min(values) > 0 and max(values) > 20 * min(values):
-        panel.set_yscale("log")
+        panel.autoscale_view()
+        style.plain_log(panel.yaxis)
 
 
 def _handles(
@@ -214,6 +220,14 @@ def _lines(points: Sequence[Point]) -> dict[tuple[str, str], list[Point]]:
     for point in sorted(points, key=lambda each: (each.choice.name, _arm(each.choice), each.choice.p)):
         groups.setdefault((point.choice.name, _arm(point.choice)), []).append(point)
     return groups
+
+
+def _shifts(points: Sequence[Point]) -> dict[str, float]:
+    """Return how far to move each curve aside, so that error bars at the same p do not cover each other."""
+    names = list(_by_name(points))
+    ps = sorted({point.choice.p for point in points if point.choice.p is not None})
+    step = 0.3 * min(after - before for before, after in zip(ps, ps[1:], strict=False)) / max(1, len(names) - 1)
+    return {name: step * (index - (len(names) - 1) / 2) for index, name in enumerate(names)}
 
 
 def _arm(how: Choice) -> str:

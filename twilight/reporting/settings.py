@@ -66,10 +66,11 @@ def setting(run: Run, row: Mapping[str, Any], columns: Collection[str]) -> Setti
 
 
 def labels(settings: Iterable[Setting]) -> dict[Setting, str]:
-    """Name each of `settings` by the parts in which they differ, after the model."""
+    """Name each of `settings` by its model, text, type and device, and the parts in which they differ."""
     every = list(dict.fromkeys(settings))
     names = [each.name for each in fields(Setting) if each.name not in ("task", "model")]
-    differ = [name for name in names if len({getattr(each, name) for each in every}) > 1]
+    always = ("text", "dtype", "device")
+    differ = [name for name in names if name in always or len({getattr(each, name) for each in every}) > 1]
     found = {}
     for each in every:
         parts = [each.model or "no model"]

@@ -99,10 +99,11 @@ def grid(count: int, *, columns: int = 3, width: float = 4.3, height: float = 3.
     return figure, panels[:count]
 
 
-def title(figure: Figure, text: str) -> None:
-    """Put a title over all panels, wrapped to the figure's width."""
-    characters = int(figure.get_size_inches()[0] * 11.5)
-    figure.suptitle("\n".join(line for part in text.split("\n") for line in textwrap.wrap(part, characters)))
+def title(figure: Figure, text: str, *, legend: float = 0.0) -> None:
+    """Put a title over all panels, wrapped to what of the figure's width is left of a legend."""
+    characters = int((figure.get_size_inches()[0] - legend) * 11)
+    lines = [line for part in text.split("\n") for line in textwrap.wrap(part, characters)]
+    figure.suptitle("\n".join(lines), x=0.01, ha="left")
 
 
 def tidy(panel: Any) -> None:
@@ -138,7 +139,7 @@ def token_axis(axis: Any, values: Iterable[float]) -> None:
     if not found:
         return
     lowest, highest = min(found), max(found)
-    axis._set_axes_scale("log", base=2)
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log", base=2)
     first, last = int(np.floor(np.log2(lowest))), int(np.ceil(np.log2(highest)))
     step = max(1, -(-(last - first) // 6))
     ticks = [2.0**power for power in range(first, last + 1, step)]
@@ -146,14 +147,27 @@ def token_axis(axis: Any, values: Iterable[float]) -> None:
     axis.set_ticks([], minor=True)
 
 
+def plain_log(axis: Any) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 of powers of ten, or at the powers if many."""
+    import math
+
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    low, high = axis.get_view_interval()
+    wide = low > 0 and math.log10(high / low) > 2.2
+    axis.set_major_locator(LogLocator(10, (1.0,) if wide else (1.0, 2.0, 5.0)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def save(picture: Picture, folder: Path) -> list[Path]:
     """Write a picture as PNG and SVG; the same picture is the same file every time."""
-    files = []
-    for suffix, options in (
-        (".png", {"dpi": 150, "metadata": {"Software": None}}),
-        (".svg", {"metadata": {"Date": None}}),
-    ):
-        files.append(folder / f"{picture.stem}{suffix}")
-        with drawing():
-            picture.figure.savefig(files[-1], **options)
-    return files
+    png, svg = (folder / f"{picture.stem}{suffix}" for suffix in (".png", ".svg"))
+    with drawing():
+        # The layout takes longer than the drawing, and is the same for both.
+        picture.figure.draw_without_rendering()
+        picture.figure.set_layout_engine("none")
+        picture.figure.savefig(png, dpi=150, metadata={"Software": None})
+        picture.figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]
