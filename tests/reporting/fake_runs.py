@@ -147,7 +147,7 @@ def facts(folder: Path, selector: str, p: float | None, contexts: tuple[int, ...
     for context in contexts:
         read = budgets(context, selector, p, budget)
         for kind, depth in [*(("needle", d / 4) for d in range(5)), ("multi_key", None)]:
-            dense = round(asked * (1 - 0.06 * math.log2(context / 4096)))
+            dense = min(asked, round(asked * (1 - 0.06 * math.log2(context / 4096))))
             lost = SKILL[selector] * 3 / math.sqrt(read["b1_group"])
             if selector == "streaming_llm" and depth is not None and 0.1 < depth < 0.9:
                 lost = 1.0
