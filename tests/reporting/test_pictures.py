@@ -50,7 +50,7 @@ def test_a_panel_for_each_context_with_the_line_of_each_selector(tmp_path, fake)
             assert best in [
                 list(zip(*line.get_data(), strict=True)) for line in lines if line.get_linestyle() != "None"
             ]
-            marks = {tuple(line.get_xydata()[0]) for line in lines if line.get_marker() == look.marker}
+            marks = {tuple(at) for line in lines if line.get_marker() == look.marker for at in line.get_xydata()}
             assert marks == {(each.tokens, each.value) for each in mine}
 
 
@@ -205,7 +205,7 @@ def test_results_of_bench_are_drawn_too():
 def test_sixteen_selectors_look_different():
     looks = style.series(f"s{i}" for i in range(16))
     assert len({(look.colour, look.marker) for look in looks.values()}) == 16
-    assert len({look.marker for look in list(looks.values())[:15]}) == 15
+    assert all(len({look.marker for look in list(looks.values())[:n]}) == n for n in range(1, 12))
 
 
 def test_nothing_of_a_kind_is_no_picture(tmp_path, fake):

@@ -72,12 +72,15 @@ def against_p(
             for index, (key, inside) in enumerate(panels.items()):
                 above, below = axes[index], axes[columns + index]
                 for (name, arm), group in _lines(inside).items():
-                    look = {"color": looks[name].colour, "marker": looks[name].marker, "linestyle": lines[arm]}
+                    look = {
+                        "color": looks[name].colour,
+                        "marker": looks[name].marker,
+                        "linestyle": lines[arm] if len(arms) > 1 else looks[name].line,
+                    }
                     ps = [point.choice.p or 0.0 for point in group]
-                    bars = [Z * point.error if point.error is not None else 0.0 for point in group]
                     above.errorbar(
                         [p + shift[name] for p in ps], [point.value for point in group],
-                        bars if any(bars) else None, **look,
+                        _bars(group), **look,
                         markersize=5, linewidth=1.5, elinewidth=0.8, capsize=2,
                     )  # fmt: skip
                     read = [point for point in group if point.tokens]
@@ -94,7 +97,7 @@ def against_p(
                     style.tidy(panel)
             axes[0].set_ylabel(_better(metric))
             axes[columns].set_ylabel("tokens a kv head reads")
-            handles = _handles(mine, looks, line="-")
+            handles = _handles(mine, looks, line="-" if len(arms) > 1 else "")
             if len(arms) > 1:
                 handles += [style.line(label=arm, color="0.3", linestyle=line) for arm, line in lines.items()]
             style.legend(figure, handles)
@@ -114,28 +117,28 @@ def against_p(
 def _curves(panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series]) -> None:
     for name, group in _by_name(inside).items():
         look = looks[name]
+        for pruned in (True, False):
+            some = [point for point in group if _pruned(point.choice) is pruned]
+            if some:
+                panel.errorbar(
+                    [point.tokens for point in some], [point.value for point in some], _bars(some),
+                    color=look.colour, marker=look.marker, markersize=5.5, alpha=0.55, linestyle="", elinewidth=0.8,
+                    markerfacecolor=look.colour if pruned else "white", capsize=2,
+                )  # fmt: skip
         for point in group:
-            bar = None if point.error is None else Z * point.error
-            panel.errorbar(
-                point.tokens, point.value, bar, color=look.colour, marker=look.marker, markersize=5.5, alpha=0.55,
-                markerfacecolor=look.colour if _pruned(point.choice) else "white", elinewidth=0.8, capsize=2,
-                linestyle="",
-            )  # fmt: skip
             if point.flag:
-                panel.plot(
-                    point.tokens,
-                    point.value,
-                    marker="o",
-                    markersize=14,
-                    markerfacecolor="none",
-                    color="black",
-                    linestyle="",
-                )
+                ring = {"marker": "o", "markersize": 14, "markerfacecolor": "none", "linestyle": ""}
+                panel.plot(point.tokens, point.value, color="black", **ring)
         best = pareto(group, metric)
         panel.plot(
             [point.tokens for point in best], [point.value for point in best], color=look.colour, linestyle=look.line,
             linewidth=1.8,
         )  # fmt: skip
+
+
+def _bars(points: Sequence[Point]) -> list[float] | None:
+    bars = [0.0 if point.error is None else Z * point.error for point in points]
+    return bars if any(bars) else None
 
 
 def _dense(panel: Any, inside: Sequence[Point]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers and in grey; a marker or hatch goes with each.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vPX<>ph*8dH"
+MARKERS = "osD^vPX<>*d"
 LINES = ("-", "--", ":", "-.")
 STAGES = {
     "select": ("#56B4E9", ""), "estimate": ("#0072B2", "//"), "prune": ("#E69F00", ".."), "attend": ("#009E73", "\\\\"),
@@ -52,7 +52,7 @@ class Series:
 
 
 def series(names: Iterable[str]) -> dict[str, Series]:
-    """Give each name a look. Six colours, and a marker of its own for the first fifteen."""
+    """Give each name a look. Colour and marker together are of one name only, up to 66."""
     return {
         name: Series(
             COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], LINES[index // len(COLOURS) % len(LINES)]
