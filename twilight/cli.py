@@ -203,11 +203,11 @@ def _help(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "decode": _decode,
-    "report": _report_runs,
     "plugins": _plugins,
     "doctor": _doctor,
     "calibrate": _calibrate,
     "bench": _bench,
+    "report": _report_runs,
     "kernels": _kernels,
     "version": _version,
     "help": _help,
@@ -215,11 +215,11 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
 
 _ABOUT = {
     "decode": "decode a long prompt:  twilight decode selector=quest p=0.9  (-m for sweeps; --help for all options)",
-    "report": "tables, pictures:      twilight report RUNS… [--out DIR]",
     "plugins": "what is installed:     twilight plugins list | info NAME  [--json]",
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a selector:    twilight calibrate double_sparsity …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
+    "report": "pictures of runs:      twilight report RUNS… [--out DIR]",
     "kernels": "the CUDA kernels:      twilight kernels list | compile | warmup | clear",
     "version": "print the version",
     "help": "print this",
