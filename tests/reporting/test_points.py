@@ -84,6 +84,14 @@ def test_errors_of_means_shrink_with_the_number_of_rows(tmp_path, fake):
     assert found.value == 2.5 and found.error == pytest.approx(0.05)
 
 
+def test_an_error_that_one_row_lacks_is_no_error_of_the_point(tmp_path, fake):
+    for seed, error in enumerate((0.1, None)):
+        row = {"context": 64, "text": "a", "bits_per_byte": 1.0, "delta_stderr": error}
+        fake.write(tmp_path, fake.config("perplexity", "quest", 0.9, seed=seed), [row])
+    (found,) = points(rows_of(tmp_path), Metric("perplexity", "bits_per_byte", "", False))
+    assert found.num_rows == 2 and found.error is None
+
+
 def test_without_dense_on_all_of_the_questions_there_is_no_comparison(tmp_path, fake):
     row = {"context": 64, "asked": 10, "correct": 9, "accuracy": 0.9}
     rows = [
@@ -133,3 +141,11 @@ def test_of_what_all_were_run_with_the_p_nearest_to_the_papers_is_taken(tmp_path
     for p in (None, 0.7, 0.88, 0.95):
         fake.facts(tmp_path, "quest", p)
     assert representatives(rows_of(tmp_path))[1]["quest"].p == 0.88
+
+
+def test_top_p_stands_for_a_selector_rather_than_another_pruner(tmp_path, fake):
+    fake.facts(tmp_path, "quest", 0.7)
+    of = fake.config("facts", "quest", 0.9)
+    of["pruner"]["name"] = "bounded_top_p"
+    fake.write(tmp_path, of, [{"context": 64, "accuracy": 0.5}])
+    assert representatives(rows_of(tmp_path))[1]["quest"].pruner == "top_p"

@@ -27,15 +27,19 @@ def test_dense_is_kept_once_and_belongs_to_no_selector(tmp_path, fake):
     dense = [row for row in table.rows if row.is_dense]
     assert len(dense) == 1 and len(table.rows) == 3 and not table.dense_spread
     assert dense[0].values["selector"] is None and dense[0].values["p"] is None
+    assert "dense_bits_per_byte" not in dense[0].values
     assert [row.values["dense_bits_per_byte"] for row in table.rows if not row.is_dense] == [1.04, 1.04]
 
 
 def test_dense_values_that_differ_between_runs_are_said(tmp_path, fake):
     same = {"text": "a", "context": 64, "method": "dense"}
-    for p, bits in ((0.8, 1.0), (0.9, 1.1)):
-        fake.write(tmp_path, fake.config("perplexity", "quest", p), [{**same, "bits_per_byte": bits}])
-    (said,) = merged(tmp_path).dense_spread
-    assert "from 1 to 1.1 in 2 runs" in said and "context=64" in said
+    for p, bits, day in ((0.8, 1.0, 2), (0.9, 1.1, 3), (0.7, 1.05, 1)):
+        of, started = fake.config("perplexity", "quest", p), f"2026-03-0{day}T00:00:00+00:00"
+        fake.write(tmp_path, of, [{**same, "bits_per_byte": bits}], started=started)
+    table = merged(tmp_path)
+    assert [row.values["bits_per_byte"] for row in table.rows] == [1.1]
+    (said,) = table.dense_spread
+    assert "from 1 to 1.1 in 3 runs" in said and "context=64" in said
 
 
 def test_dense_of_another_text_model_or_version_is_not_compared_with(tmp_path, fake):

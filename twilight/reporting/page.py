@@ -142,7 +142,7 @@ def _tables(merged: Merged) -> list[str]:
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """Return a table of what differs; what all rows share is said once above it."""
-    used = [name for name in columns if any(row.values.get(name) is not None for row in rows)]
+    used = [name for name in columns if any(row.values.get(name) not in (None, "") for row in rows)]
     same = [name for name in used if len(rows) > 1 and len({str(row.values.get(name)) for row in rows}) == 1]
     shown = [name for name in used if name not in same]
     above = ", ".join(f"{name} {_shown(rows[0].values[name])}" for name in same)

@@ -229,7 +229,9 @@ def _shifts(points: Sequence[Point]) -> dict[str, float]:
     """Return how far to move each curve aside, so that error bars at the same p do not cover each other."""
     names = list(_by_name(points))
     ps = sorted({point.choice.p for point in points if point.choice.p is not None})
-    step = 0.3 * min(after - before for before, after in zip(ps, ps[1:], strict=False)) / max(1, len(names) - 1)
+    # All curves together take no more than 0.01, or a third of what lies between two p.
+    spread = min(0.01, 0.3 * min(after - before for before, after in zip(ps, ps[1:], strict=False)))
+    step = spread / max(1, len(names) - 1)
     return {name: step * (index - (len(names) - 1) / 2) for index, name in enumerate(names)}
 
 
