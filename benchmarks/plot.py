@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twilight.errors import missing_extra
+from twilight.reporting.style import COLOURS, MARKERS, STAGES, check_matplotlib, length, tidy
 
-from .tables import QUEST, length, number
+from .tables import QUEST, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# Okabe and Ito's colours, which stay apart for colour-blind readers and in grey; a marker or hatch goes with each.
-_BATCHES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = "osD^vP"
-_STAGES = {
-    "select": ("#56B4E9", ""), "estimate": ("#0072B2", "//"), "prune": ("#E69F00", ".."), "attend": ("#009E73", "\\\\"),
-}  # fmt: skip
 
 
 def save_plots(data: dict[str, Any], folder: Path, stem: str) -> list[Path]:
@@ -28,8 +20,7 @@ def save_plots(data: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         MissingExtraError: no matplotlib.
         ValueError: no cells, or results of another benchmark.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise missing_extra("matplotlib", "plots", "--plot")
+    check_matplotlib("plots", "--plot")
     if data["benchmark"] != "decode" or not data["cells"]:
         raise ValueError(f"--plot: draws cells of 'decode', got {len(data['cells'])} of '{data['benchmark']}'")
     import matplotlib
@@ -58,9 +49,9 @@ def speedup(data: dict[str, Any]) -> Figure:
             points = sorted(
                 (cell["length"], cell["methods"][QUEST]["speedup"]) for cell in cells if cell["batch"] == batch
             )
-            style = order % len(_BATCHES)
+            style = order % len(COLOURS)
             panel.plot(
-                [x for x, _ in points], [y for _, y in points], color=_BATCHES[style], marker=_MARKERS[style],
+                [x for x, _ in points], [y for _, y in points], color=COLOURS[style], marker=MARKERS[style],
                 label=f"batch {batch}", linewidth=1.8, markersize=6,
             )  # fmt: skip
         panel.axhline(1.0, color="0.4", linewidth=1, linestyle="--")
@@ -70,8 +61,7 @@ def speedup(data: dict[str, Any]) -> Figure:
         panel.minorticks_off()
         panel.set_xlabel("context length in tokens")
         panel.set_title(f"{heads} heads", fontsize=10)
-        panel.grid(axis="y", color="0.9")
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
         panel.margins(x=0.08)
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("times as fast as the best dense kernel")
@@ -98,7 +88,7 @@ def stages(data: dict[str, Any]) -> Figure:
         for y, cell in enumerate(cells):
             row = cell["methods"][QUEST]
             whole, left = row["total"]["us"], 0.0
-            for stage, (colour, hatch) in _STAGES.items():
+            for stage, (colour, hatch) in STAGES.items():
                 if stage in row:
                     share = 100 * row[stage]["us"] / whole
                     panel.barh(y, share, left=left, color=colour, hatch=hatch, edgecolor="white", height=0.72)
@@ -116,7 +106,7 @@ def stages(data: dict[str, Any]) -> Figure:
     drawn = {stage for cells in shapes.values() for cell in cells for stage in cell["methods"][QUEST]}
     patches = [
         Patch(facecolor=colour, hatch=hatch, edgecolor="white", label=stage)
-        for stage, (colour, hatch) in _STAGES.items() if stage in drawn
+        for stage, (colour, hatch) in STAGES.items() if stage in drawn
     ]  # fmt: skip
     figure.legend(
         handles=patches, loc="outside upper center", ncols=len(patches), frameon=False, fontsize=9,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from twilight.errors import unknown_name
+from twilight.reporting.style import length
 
 from .cells import parse_length
 from .results import load
@@ -167,11 +168,6 @@ def number(us: float) -> str:
 def percent(share: float) -> str:
     """Return a share as a percentage."""
     return f"{100 * share:.0f} %"
-
-
-def length(tokens: int) -> str:
-    """Return 32768 as 32k."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 def _stage(cell: dict[str, Any], row: dict[str, Any], column: str) -> str:

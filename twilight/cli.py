@@ -224,6 +224,12 @@ def _bench(words: list[str]) -> int:
     return int(resources.subpackage("benchmarks").main(words))
 
 
+def _report_runs(words: list[str]) -> int:
+    from twilight.reporting import main as reporting
+
+    return reporting.main(words)
+
+
 def _kernels(words: list[str]) -> int:
     from twilight import kernel_verbs
 
@@ -250,6 +256,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "doctor": _doctor,
     "calibrate": _calibrate,
     "bench": _bench,
+    "report": _report_runs,
     "kernels": _kernels,
     "version": _version,
     "help": _help,
@@ -263,6 +270,7 @@ _ABOUT = {
     "doctor": "what works here:       twilight doctor [--json]",
     "calibrate": "prepare a model:       twilight calibrate double_sparsity … | p …",
     "bench": "time the kernels:     twilight bench | model | report FILE …  (bench --help for all options)",
+    "report": "pictures of runs:      twilight report RUNS… [--out DIR]",
     "kernels": "the CUDA kernels:      twilight kernels list | compile | warmup | clear",
     "version": "print the version",
     "help": "print this",

@@ -165,12 +165,10 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
         layers: what each layer is; dense ones are drawn as such.
         title: what the run was.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import numpy as np
-    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    from twilight.reporting.maps import draw_heads
 
     kept = {index: stats.query_heads(index) for index in sorted(stats.by_layer())}
     num_heads = len(next(iter(kept.values())))
@@ -178,9 +176,9 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
     for index, heads in kept.items():
         grid[index] = heads
     longest = max(float(record.seq_lens.max()) for record in stats.records)
-    figure, axes = plt.subplots(figsize=(1.5 + 0.75 * num_heads, 1.6 + 0.42 * len(layers)), layout="constrained")
-    colours = plt.get_cmap("viridis").with_extremes(bad="0.88")
-    image = axes.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=LogNorm(1, longest), aspect="auto")
+    figure = Figure(figsize=(1.5 + 0.75 * num_heads, 1.6 + 0.42 * len(layers)), layout="constrained")
+    axes = figure.subplots()
+    image = draw_heads(axes, grid.tolist(), longest)
     for (row, column), value in np.ndenumerate(grid):
         if num_heads <= 16:
             text = "dense" if np.isnan(value) else f"{value:.0f}"
@@ -194,4 +192,3 @@ def save_budget_plot(path: str, stats: Stats, layers: dict[int, str], *, title: 
     axes.set_title(f"Tokens kept by top-p\n{title}", fontsize=10)
     figure.colorbar(image, ax=axes, label=f"mean tokens kept a step (of {longest:.0f})")
     figure.savefig(path, dpi=150)
-    plt.close(figure)

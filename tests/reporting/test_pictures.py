@@ -1,0 +1,217 @@
+"""Pictures show the numbers of the runs, and leave nothing out in silence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs the extra 'report'")
+
+from twilight.reporting import maps, quality, speed, style
+from twilight.reporting.collect import collect
+from twilight.reporting.metrics import Metric, wilson
+from twilight.reporting.points import choice, pareto, points
+from twilight.reporting.settings import labels
+from twilight.reporting.table import merge
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+ACCURACY = Metric("facts", "accuracy", "facts answered", True)
+
+
+def merged(folder):
+    return merge(collect([folder]))
+
+
+def drawn(draw, rows, metric=ACCURACY):
+    found = points(rows, metric)
+    looks = style.series(choice(row).name for row in rows if not row.is_dense)
+    return draw(found, metric, labels(point.setting for point in found), looks), found, looks
+
+
+def shown(picture):
+    return [panel for panel in picture.figure.axes if panel.get_visible()]
+
+
+def test_a_panel_for_each_context_with_the_line_of_each_selector(tmp_path, fake):
+    for selector in ("quest", "full"):
+        for p in (0.7, 0.8, 0.9, None):
+            fake.facts(tmp_path, selector, p, contexts=(4096, 8192))
+    (picture,), found, looks = drawn(quality.against_tokens, merged(tmp_path).rows)
+    panels = shown(picture)
+    assert [panel.get_title() for panel in panels] == ["context 4k", "context 8k"]
+    for panel, context in zip(panels, (4096, 8192), strict=True):
+        for name, look in looks.items():
+            mine = [each for each in found if each.choice.name == name and dict(each.panel)["context"] == context]
+            best = [(each.tokens, each.value) for each in pareto(mine, ACCURACY)]
+            lines = [line for line in panel.get_lines() if line.get_color() == look.colour]
+            # Of a Pareto line of one point, the points themselves are the same.
+            assert best in [
+                list(zip(*line.get_data(), strict=True)) for line in lines if line.get_linestyle() != "None"
+            ]
+            marks = {tuple(at) for line in lines if line.get_marker() == look.marker for at in line.get_xydata()}
+            assert marks == {(each.tokens, each.value) for each in mine}
+
+
+def test_error_bars_are_95_percent_of_the_pooled_counts(tmp_path, fake):
+    rows = [{"kind": "a", "context": 64, "asked": 100, "correct": 60, "accuracy": 0.6, "b1_group": 10}]
+    fake.write(tmp_path, fake.config("facts", "quest", 0.9), rows)
+    (picture,), *_ = drawn(quality.against_tokens, merged(tmp_path).rows)
+    (bars,) = shown(picture)[0].containers[0].lines[2]
+    ((_, low), (_, high)) = bars.get_segments()[0]
+    assert (low, high) == pytest.approx((0.6 - 1.96 * wilson(60, 100), 0.6 + 1.96 * wilson(60, 100)))
+    assert "95 %" in picture.caption
+
+
+def test_settings_get_a_picture_each_and_are_named(tmp_path, fake):
+    fake.facts(tmp_path, "quest", 0.9)
+    fake.facts(tmp_path, "quest", 0.8, versions={"torch": "2.1"})
+    pictures, *_ = drawn(quality.against_tokens, merged(tmp_path).rows)
+    assert [picture.stem for picture in pictures] == ["quality-facts-accuracy-1", "quality-facts-accuracy-2"]
+    titles = [picture.figure.get_suptitle() for picture in pictures]
+    assert "torch 2.1" in titles[0] + titles[1] and titles[0] != titles[1]
+
+
+def test_what_beats_dense_is_ringed_and_explained(tmp_path, fake):
+    for p, value in ((0.8, 0.5), (0.9, 0.7)):
+        fake.lm_eval(tmp_path, "quest", p, value)
+    metric = merged(tmp_path).metrics[0]
+    (picture,), found, _ = drawn(quality.against_tokens, merged(tmp_path).rows, metric)
+    rings = [line for line in shown(picture)[0].get_lines() if line.get_markersize() == 14]
+    assert [line.get_ydata()[0] for line in rings] == [0.7]
+    assert "beats dense: check" in [text.get_text() for text in picture.figure.legends[0].get_texts()]
+
+
+def test_more_contexts_than_panels_are_said(tmp_path, fake):
+    fake.facts(tmp_path, "quest", 0.9, contexts=tuple(1024 * n for n in range(1, quality.MOST_PANELS + 3)))
+    (picture,), *_ = drawn(quality.against_tokens, merged(tmp_path).rows)
+    assert len(shown(picture)) == quality.MOST_PANELS
+    assert "2 of 14 contexts not drawn" in " ".join(picture.figure.get_suptitle().split())
+
+
+def test_p_has_quality_above_and_tokens_below(tmp_path, fake):
+    for p in (0.9, 0.7, 0.8, None):
+        fake.facts(tmp_path, "quest", p, contexts=(4096,))
+    (picture,), found, _ = drawn(quality.against_p, merged(tmp_path).rows)
+    above, below = shown(picture)
+    expected = sorted((each.choice.p, each.value, each.tokens) for each in found if each.choice.p is not None)
+    upper = above.containers[0].lines[0]
+    assert list(upper.get_xdata()) == pytest.approx([p for p, *_ in expected])
+    assert list(upper.get_ydata()) == [value for _, value, _ in expected]
+    assert list(below.get_lines()[0].get_ydata()) == [tokens for *_, tokens in expected]
+
+
+def test_budgets_of_one_selector_are_lines_of_their_own(tmp_path, fake):
+    for p in (0.7, 0.9):
+        for budget in (0.25, 0.5):
+            fake.facts(tmp_path, "quest", p, contexts=(4096,), budget=budget)
+    (picture,), *_ = drawn(quality.against_p, merged(tmp_path).rows)
+    lines = shown(picture)[1].get_lines()
+    assert len(lines) == 2 and len({line.get_linestyle() for line in lines}) == 2
+    names = [text.get_text() for text in picture.figure.legends[0].get_texts()]
+    assert {"top_p, budget 0.25", "top_p, budget 0.5"} <= set(names)
+
+
+def test_one_p_is_no_line(tmp_path, fake):
+    fake.facts(tmp_path, "quest", 0.9)
+    fake.facts(tmp_path, "quest", None)
+    assert drawn(quality.against_p, merged(tmp_path).rows)[0] == []
+
+
+def test_heat_maps_hold_what_heads_keep_at_the_longest_context(tmp_path, fake):
+    table = [
+        {"context": context, "layer": layer, "head": head, "b1_query": 10 * layer + head + context}
+        for context in (64, 128) for layer in (2, 3) for head in range(4)
+    ]  # fmt: skip
+    fake.write(tmp_path, fake.config("fidelity", "quest", 0.9), [{"context": 128}], {"budgets": table})
+    (picture,) = maps.budgets(merged(tmp_path).tables["budgets"])
+    grid = shown(picture)[0].get_images()[0].get_array()
+    assert grid.mask[:2].all() and not grid.mask[2:].any()
+    assert grid[2:].tolist() == [[148, 149, 150, 151], [158, 159, 160, 161]]
+    assert "128" in picture.figure.get_suptitle()
+
+
+def test_needles_by_depth_and_length_beside_dense(tmp_path, fake):
+    rows = [
+        {
+            "method": method,
+            "kind": "needle",
+            "context": context,
+            "depth": depth,
+            "asked": 4,
+            "correct": n,
+            "accuracy": n / 4,
+        }
+        for context, depth, right in ((64, 0.0, (4, 3)), (128, 0.0, (4, 2)), (64, 1.0, (3, 1)))
+        for method, n in zip(("dense", "twilight"), right, strict=True)
+    ]
+    fake.write(tmp_path, fake.config("facts", "quest", 0.9), rows)
+    (picture,) = maps.needles(merged(tmp_path).rows)
+    dense, quest = shown(picture)[:2]
+    assert dense.get_title().strip() == "dense" and quest.get_title() == "quest\np=0.9, budget 0.25"
+    assert dense.get_images()[0].get_array().filled(math.nan).tolist()[0] == [1, 1]
+    grid = quest.get_images()[0].get_array()
+    assert grid.tolist() == [[0.75, 0.5], [0.25, None]]
+    assert [text.get_text() for text in quest.get_yticklabels()] == ["0 %", "100 %"]
+
+
+def test_positions_are_densities_over_uniform(tmp_path, fake):
+    table = [
+        {"kind": kind, "layer": layer, "bin_low": low, "bin_high": high, "share": share}
+        for kind, shares in (("top_p", (0.8, 0.2)), ("top_k", (0.4, 0.6)))
+        for layer in (0, 1) for (low, high), share in zip(((0.0, 0.25), (0.25, 1.0)), shares, strict=True)
+    ]  # fmt: skip
+    fake.write(tmp_path, fake.config("fidelity", "quest", 0.9), [{"context": 64}], {"positions": table})
+    (picture,) = maps.positions(merged(tmp_path).tables["positions"])
+    steps = [patch.get_data().values.tolist() for patch in shown(picture)[0].patches]
+    assert steps == [pytest.approx([3.2, 0.2 / 0.75]), pytest.approx([1.6, 0.8])]
+
+
+def test_stages_and_speed_of_the_task(tmp_path, fake):
+    fake.speed(tmp_path, "quest", 0.9)
+    fake.speed(tmp_path, "double_sparsity", 0.9, fused=True)
+    rows = merged(tmp_path).rows
+    timed = speed.timings(rows)
+    (picture,) = speed.stages(timed)
+    (panel,) = shown(picture)
+    assert panel.get_title() == "quest, top_p p=0.9, budget 0.25"  # one launch has no stages
+    row = next(row.values for row in rows if row.values["selector"] == "quest" and row.values["batch"] == 16)
+    bars = [bar for bar in panel.patches if abs(bar.get_y() + bar.get_height() / 2 - 3) < 0.1]
+    widths = [bar.get_width() / 100 * row["dense_us"] for bar in bars]
+    assert widths == pytest.approx([row[f"{stage}_us"] for stage in ("select", "estimate", "prune", "attend")])
+    (picture,) = speed.against_context(timed)
+    panels = shown(picture)
+    assert [panel.get_title() for panel in panels] == ["batch 1", "batch 16"]
+    ratios = [row.values["ratio"] for row in rows if row.values["selector"] == "quest" and row.values["batch"] == 1]
+    lines = [list(line.get_ydata()) for line in panels[0].get_lines()]
+    assert pytest.approx(ratios) in lines
+
+
+def test_results_of_bench_are_drawn_too():
+    timed = speed.timings([], collect([RESULTS]).benchmarks)
+    layer = [each for each in timed if each.what == "one layer's attention"]
+    cells = {(each.batch, each.context) for each in layer}
+    assert (1, 8192.0) in cells and (64, 32768.0) in cells
+    (at,) = [
+        each for each in layer if each.method == "quest + top-p, p=0.9" and (each.batch, each.context) == (64, 32768)
+    ]
+    assert at.ratio == pytest.approx(7.893203591221276)
+    model = [each for each in timed if each.what == "a step of all of llama-3.1-8b"]
+    assert model and not any("dense:" in each.method or "no attention" in each.method for each in model)
+    assert [picture.stem for picture in speed.against_context(timed)] == ["speed-1", "speed-2"]
+
+
+def test_sixteen_selectors_look_different():
+    looks = style.series(f"s{i}" for i in range(16))
+    assert len({(look.colour, look.marker) for look in looks.values()}) == 16
+    assert all(len({look.marker for look in list(looks.values())[:n]}) == n for n in range(1, 12))
+
+
+def test_nothing_of_a_kind_is_no_picture(tmp_path, fake):
+    fake.write(
+        tmp_path, fake.config("facts", "quest", 0.9), [{"accuracy": math.nan, "context": None}], {"budgets": [{}]}
+    )
+    table = merged(tmp_path)
+    assert maps.budgets(table.tables["budgets"]) == [] and maps.needles(table.rows) == [] and maps.positions([]) == []
+    assert speed.timings(table.rows) == [] and speed.stages([]) == [] and speed.against_context([]) == []
