@@ -22,7 +22,7 @@ venv: $(STAMP)  ## install the package and its development tools into .venv
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "twilight needs Python 3.10 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,plots,dev$(CUDA:%=$(comma)%)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,eval,sweep,report,dev$(CUDA:%=$(comma)%)]'
 	@touch $@
 
 test: lint types $(CUDA:%=compile) pytest compat  ## lint, types, kernels, tests, and the integration's tests on older transformers

@@ -35,7 +35,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
     const auto load_values = [&](int j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        // A token behind the end is the last one again: its weight is 0, and it brings no NaN that is not in the row anyway.
+        // A token behind the end is the last one again, with a weight of 0: values that are not finite make a NaN where they are.
         const int token = 2 * tig + (i & 1) + (i & 2) * 4;
         values[i][j] = load_stream16(v + static_cast<size_t>(static_cast<u32>(here[min(token, left - 1)])) * D + gid * 8 + j * 64);
       }

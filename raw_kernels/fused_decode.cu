@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int i = 0; i < D / 64; ++i) raw[i] = reinterpret_cast<const u32*>(q + warp * D)[lane * (D / 64) + i];
   }
   const int seq_len = p.seq_lens[batch];
-  const int budget = Vectors ? min(p.page_budget[row], p.capacity) : p.capacity;
+  const int budget = Vectors ? max(min(p.page_budget[row], p.capacity), 0) : p.capacity;
   const int guess = global_page(cluster, threadIdx.x);
   const int guessed = Vectors && guess < p.max_pages ? table[guess] : 0;
 
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int i = threadIdx.x; rank == 0 && i < p.group * D / 8; i += kThreads) store16(static_cast<u16*>(p.out) + static_cast<long long>(first_head) * D + i * 8, uint4{0, 0, 0, 0});
     return;
   }
-  if (p.stagger && row >= p.stagger && row < 2 * p.stagger) {
+  if (p.stagger && row >= p.stagger && row < 2 * p.stagger && Vectors && budget < real) {
     // Blocks that share a multiprocessor would stream together and search together. Half of the first wave waits for as long as the other half streams pages,
     // and from then on one searches while the other streams: 30 bytes a nanosecond is what a multiprocessor gets.
     const int wait = real * ((Vectors * D + 4) / 30 + 1);
@@ -149,6 +149,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
     } while (now - begin < wait);
   }
+  cluster.arrive();  // a block may write to another once that one runs: each waits before its first such store
   const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
   query.quantize<D>(raw, p.q_is_bf16);
 
@@ -180,6 +181,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       __syncthreads();
       float2 all = join_parts<kMaxHeads>(s_warps[0], kWarps);
       if (blocks > 1) {
+        cluster.wait();
 #pragma unroll 1
         for (int r = warp; r < blocks; r += kWarps) {
           if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + lane, r), all);
@@ -194,6 +196,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const int per_block = (taken + blocks - 1) >> cluster.shift;
   const int before = rank * per_block;  // with runs, the entries of the blocks before
   if (!chosen) {                        // all of them, or the first ones for a budget that no selector filled
+    if (blocks > 1) cluster.wait();
     entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
 #pragma unroll 1
     for (int i = threadIdx.x; i < entries; i += kThreads) {
@@ -269,7 +272,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   __syncthreads();
   float top, sum;
   float* const parts = scores;
-const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
+  const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
     using T = decltype(type);
     attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(s_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
                               p.sm_scale * kLog2e, parts, top, sum);

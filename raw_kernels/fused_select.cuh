@@ -81,6 +81,7 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
 #pragma unroll 1
   for (int i = threadIdx.x; i < padded; i += kThreads) {
     float largest = -inf(), total = 0.f;
+    bool nan = false;
     if (reduce == 0) {
 #pragma unroll
       for (int g = 0; g < kHeads; ++g) {
@@ -95,9 +96,9 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
       for (int g = 0; g < kHeads; ++g) {
         if (g >= group) break;
         const float x = scores[g * pitch + i];
-        largest = x != x ? x : fmaxf(largest, x), total += x;
+        nan |= x != x, largest = fmaxf(largest, x), total += x;
       }
-      if (reduce == 2) total = total != total ? total : largest;
+      if (reduce == 2) total = nan ? __uint_as_float(kNaN) : largest;  // not by the sum: infinities of both signs make that a NaN
     }
     const int page = global_page(cluster, i);
     u32 key = total != total ? kNaN : ordered_key(total + 0.f);  // + 0.f: a zero has one key, whatever its sign
@@ -144,6 +145,8 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
   u32 threshold = kForced - 1;
   int equal = 0;
   const bool forced = high != kNaN && keys[real - 1] == kForced;
+  // Beside a NaN the newest page is one of those to be ranked: below it, above all others.
+  if (high == kNaN && keys[real - 1] == kForced) low = min(low, kForced);
   if (int rank = taken - forced; rank > 0) {
     int shift = max(32 - __clz(static_cast<int>(high - low)) - kRadixBits, 0);
     for (bool more = true; more;) {
@@ -181,7 +184,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
       const uint4 a = load16(keys + i), b = load16(keys + i + 4);
       key[0] = a.x, key[1] = a.y, key[2] = a.z, key[3] = a.w, key[4] = b.x, key[5] = b.y, key[6] = b.z, key[7] = b.w;
     }
-    int counts = 0;  // above, and in the upper half equal: 2048 of either at most
+    int counts = 0;  // above, and in the upper half equal: 4096 of either at most
 #pragma unroll
     for (int j = 0; j < 8; ++j) counts += (key[j] > threshold && i + j < real) + ((equal > 0 && key[j] == threshold) << 16);
     int total;

@@ -85,9 +85,12 @@ def test_a_branch_of_a_batch_keeps_each_sequence(model):
 
 
 def test_there_is_nothing_to_branch_from_before_a_prompt(model):
-    with twilight.attach(model, "quest") as handle:
-        with pytest.raises(ValueError, match="the cache is empty"), handle.cache().branch():
-            pass
+    with (
+        twilight.attach(model, "quest") as handle,
+        pytest.raises(ValueError, match="the cache is empty"),
+        handle.cache().branch(),
+    ):
+        pass
 
 
 @torch.no_grad()

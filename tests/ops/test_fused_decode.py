@@ -98,13 +98,22 @@ def test_refuses_what_does_not_go_together():
     bounds = (layer.metadata("bounds"), layer.metadata("bounds_params"))
     with pytest.raises(ValueError, match="vectors: expected"):
         ops.fused_decode(q, *pages, bounds, layer.page_table, layer.seq_lens, None, 0.9)
+    with pytest.raises(TypeError, match="seq_lens: expected dtype int32, got int64"):
+        ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens.long(), None, 0.9)
+    with pytest.raises(ValueError, match=r"shadow: expected shape"):
+        ops.fused_decode(q, *pages[:2], pages[2][..., 1:], (), layer.page_table, layer.seq_lens, None, 0.9)
+    with pytest.raises(ValueError, match=r"budget: expected shape \[1, 2\], got \[1\]"):
+        tokens = torch.tensor([20], dtype=torch.int32)
+        ops.fused_decode(q, *pages, bounds, layer.page_table, layer.seq_lens, Budget(tokens, 20), 0.9)
+    with pytest.raises(ValueError, match="sm_scale: expected a positive number"):
+        ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, sm_scale=-1.0)
     with pytest.raises(ValueError, match="p: "):
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 1.5)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
 
 
-H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "clusters": True}
+H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_cluster": 16}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +136,7 @@ def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps):
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])
 @pytest.mark.parametrize(
-    "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "clusters": False}]
+    "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "max_cluster": 1}]
 )
 def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
     for rows in (1, 8, 100, 2000):
@@ -136,7 +145,7 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
             capacity = -(-pages // 4) if vectors else pages
             plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, **gpu)
             if plan is None:
-                assert length > 1000 and not gpu["clusters"] or length == 300000
+                assert length > 1000 and gpu["max_cluster"] == 1 or length == 300000
                 continue
             assert plan.pages * plan.cluster >= pages and plan.pages % 16 == 0
             assert plan.entries * plan.cluster >= capacity

@@ -28,10 +28,10 @@ class Case(Paged):
         longest = max(1, int(max(lengths) * share + 1))
         self.budget = Budget(tokens[:, None].expand(-1, self.heads).contiguous(), longest)
 
-    def run(self, p, backend="cuda", **options):
+    def run(self, p, backend="cuda", *, lists=True, **options):
         return ops.fused_decode(
             self.q, self.k_pages, self.v_pages, self.shadow, self.vectors, self.table, self.seq_lens,
-            self.budget if self.vectors else None, p, lists=True, backend=backend, **options,
+            self.budget if self.vectors else None, p, lists=lists, backend=backend, **options,
         )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def check(case, p, *, reduce="softmax"):
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
-@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])
+@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8), (1, 5), (2, 6), (1, 7)])
 def test_ragged_rows(vectors, dtype, dim, page, heads, group):
     case = Case([1500, 0, 1, 777, 16, 4100], vectors=vectors, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
     check(case, 0.9)
@@ -116,7 +116,7 @@ def test_every_size_of_cluster(batch, length):
     check(Case([length - 7 * i for i in range(batch)], heads=8), 0.9)
 
 
-@pytest.mark.parametrize("p", [0.3, 0.95, 0.999, 1.0])
+@pytest.mark.parametrize("p", [0.3, 0.95, 0.999, 0.9999, 0.99999, 1.0])
 @pytest.mark.parametrize("length", [300, 20000])
 def test_p(p, length):
     check(Case([length, length // 3], heads=4), p)
@@ -150,6 +150,71 @@ def test_all_pages_alike():
     assert torch.equal(as_mask(got.candidates, case.table.shape[1]), first | newest)
     tokens = (want - 1) * case.page + torch.tensor([6000 % 16 or 16, 333 % 16], device="cuda")[:, None]
     assert torch.equal(got.pruned.selection.lengths, tokens.int())
+
+
+@pytest.mark.parametrize("vectors", [0, 2])
+@pytest.mark.parametrize(
+    "lengths", [[32768], [200, 1, 0], [9000, 17, 4097], [3000] * 40, [1500 + 37 * i for i in range(70)]]
+)
+def test_without_lists_the_same_is_kept(vectors, lengths):
+    # Pages are dealt out in turn then, in runs with lists: other sums, the same sets.
+    case = Case(lengths, heads=8, vectors=vectors)
+    want, got = case.run(0.9), case.run(0.9, lists=False)
+    assert got.candidates.indices.shape[-1] == got.pruned.selection.indices.shape[-1] == 0
+    assert torch.equal(got.candidates.lengths, want.candidates.lengths)
+    assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
+    assert torch.equal(got.pruned.per_query_head, want.pruned.per_query_head)
+    torch.testing.assert_close(got.pruned.mass, want.pruned.mass, rtol=0, atol=2e-6)
+    torch.testing.assert_close(got.lse, want.lse, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.out.float(), want.out.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_fewer_pages_than_blocks():
+    # A cluster is cut for the longest row that the table has room for; this one leaves most blocks without a page.
+    case = Case([40], heads=2)
+    case.table = torch.nn.functional.pad(case.table, (0, 2048 - case.table.shape[1]))
+    for lists in (True, False):
+        got, want = case.run(0.9, lists=lists), case.run(0.9, "torch")
+        assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
+        torch.testing.assert_close(got.out.float(), want.out.float(), rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize("reduce", ["softmax", "sum", "max"])
+@pytest.mark.parametrize("length", [3000, 30000])
+def test_pages_of_nan_come_first(reduce, length):
+    case = Case([length], heads=2, share=0.1)
+    worst = [3, 77, 120]
+    codes, params = case.vectors
+    params[case.table[0, worst].long(), 0] = torch.nan
+    got = case.run(0.9, reduce=reduce)
+    pages = case.table.shape[1]
+    chosen, want = as_mask(got.candidates, pages), case.budget.pages(case.page)
+    assert chosen[0, 0, [*worst, pages - 1]].all() and chosen[0, 1, pages - 1]
+    assert torch.equal(chosen.sum(-1), want.long())
+    # Enough of them: the lowest pages, and not even the newest beside them.
+    params[case.table[0].long(), 1] = torch.nan
+    params[case.table[0, -1].long(), 1] = 1.0
+    chosen = as_mask(case.run(0.9, reduce=reduce).candidates, pages)
+    n = int(want[0, 1])
+    assert chosen[0, 1, :n].all() and int(chosen[0, 1].sum()) == n
+
+
+@pytest.mark.parametrize("lengths", [[32000], [3000] * 40])
+def test_replays_follow_lengths_and_budgets(lengths):
+    case = Case(lengths, heads=8)
+    full = case.seq_lens.clone()
+    page_budget = case.budget.pages(case.page)
+    case.run(0.9, lists=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case.run(0.9, lists=False)
+    for share in (1.0, 0.4, 0.9):
+        case.seq_lens.copy_((full * share).int())
+        page_budget.copy_((full[:, None] * share / 80).int().clamp(min=1).expand_as(page_budget))
+        graph.replay()
+        want = case.run(0.9, lists=False)
+        assert torch.equal(got.out, want.out) and torch.equal(got.pruned.mass, want.pruned.mass)
+        assert torch.equal(got.candidates.lengths, page_budget)
 
 
 def test_nan_stays_in_its_row():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,7 @@ from twilight import kernels
 from twilight.budget import Budget
 from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
 from twilight.ops.page_scores import page_scores
+from twilight.ops.quantize import shadow_bytes
 from twilight.ops.scratch import shared_memory
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
@@ -29,7 +31,6 @@ from twilight.selector import check_reduce
 
 _DIMS = (64, 128, 256)
 _HALVES = (torch.float16, torch.bfloat16)
-_MAX_CLUSTER = 16
 _REDUCTIONS = ("softmax", "sum", "max")
 
 
@@ -110,21 +111,30 @@ def fused_decode(
         lists: return the indices too, not only how many there are.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
-    check_tensor("q", q, (seq_lens.shape[0], None, k_pages.shape[-1]), dtype=FLOAT_DTYPES)
-    check_tensor("v_pages", v_pages, k_pages.shape, dtype=k_pages.dtype)
+    pool, kv_heads, page_size, dim = check_tensor("k_pages", k_pages, (None,) * 4, dtype=FLOAT_DTYPES).shape
+    batch, device = check_tensor("seq_lens", seq_lens, (None,), dtype=torch.int32).shape[0], k_pages.device
+    check_tensor("q", q, (batch, None, dim), dtype=FLOAT_DTYPES, device=device)
+    check_tensor("v_pages", v_pages, k_pages.shape, dtype=k_pages.dtype, device=device)
+    check_tensor("shadow", shadow, (pool, kv_heads, shadow_bytes(page_size, dim)), dtype=torch.uint8, device=device)
+    check_tensor("page_table", page_table, (batch, None), dtype=torch.int32, device=device)
+    check_tensor("seq_lens", seq_lens, device=device)
     check_p(p)
     check_reduce(reduce)
-    if q.shape[1] % k_pages.shape[1]:
-        raise ValueError(f"q: expected a multiple of {k_pages.shape[1]} heads, got {q.shape[1]}")
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q.shape[1]}")
     if len(vectors) not in (0, 2) or (vectors and budget is None):
         raise ValueError(f"vectors: expected (codes, params) and a budget, or nothing, got {len(vectors)} and {budget}")
-    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    if vectors and budget is not None:
+        check_tensor("codes", vectors[0], (pool, kv_heads, None), device=device)
+        check_tensor("params", vectors[1], (pool, kv_heads, 2), dtype=torch.float16, device=device)
+        check_tensor("budget", budget.tokens, (batch, kv_heads), dtype=torch.int32, device=device)
+    scale = dim**-0.5 if sm_scale is None else sm_scale
+    if not 0.0 < scale < math.inf:
+        raise ValueError(f"sm_scale: expected a positive number, got {sm_scale}")
     pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
     if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget)):
         return _cuda(q, *pages, budget, p, scale, reduce, lists)
-    page_size = k_pages.shape[2]
-    if vectors:
-        assert budget is not None
+    if vectors and budget is not None:
         scores = page_scores(q, vectors, page_table, seq_lens, page_size=page_size, backend="torch")
         candidates = top_k(
             scores, budget.pages(page_size), seq_lens, granularity=page_size,
@@ -132,7 +142,7 @@ def fused_decode(
         )  # fmt: skip
     else:
         candidates = Selection.everything(
-            seq_lens, k_pages.shape[1], max_seq_len=page_table.shape[1] * page_size, granularity=page_size
+            seq_lens, kv_heads, max_seq_len=page_table.shape[1] * page_size, granularity=page_size
         )
     # In halves, as the kernel keeps them.
     logits = estimate_scores(
@@ -204,20 +214,28 @@ class _Plan:
     smem: int
 
 
+@functools.cache
+def _max_cluster(index: int) -> int:
+    """Blocks of a cluster at most: 16 in data centres' GPUs, 8 in the others, which run portable sizes only."""
+    major, _ = torch.cuda.get_device_capability(index)
+    return 1 if major < 9 else 16 if major in (9, 10) else 8
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
     rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
 ) -> _Plan | None:
     """Return the cut that should take least time on a device; None if a row fits no cluster."""
     block_limit, total = shared_memory(index)
-    clusters = torch.cuda.get_device_capability(index) >= (9, 0)
     shape = (rows, max_pages, capacity, group, dim, vectors, page_size)
-    return _cut(*shape, num_sms=kernels.num_sms(index), block_limit=block_limit, total=total, clusters=clusters)
+    return _cut(
+        *shape, num_sms=kernels.num_sms(index), block_limit=block_limit, total=total, max_cluster=_max_cluster(index)
+    )
 
 
 def _cut(
     rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int,
-    *, num_sms: int, block_limit: int, total: int, clusters: bool,
+    *, num_sms: int, block_limit: int, total: int, max_cluster: int,
 ) -> _Plan | None:  # fmt: skip
     """Choose among blocks of a cluster and warps of a block by what a wave of blocks takes.
 
@@ -227,7 +245,9 @@ def _cut(
     sums put in the right order.
     """
     best, least = None, float("inf")
-    for cluster in _FITTING if clusters else (1,):
+    for cluster, fitting in _FITTING.items():
+        if cluster > max_cluster:
+            break
         pages, entries = -(-max_pages // (16 * cluster)) * 16, -(-capacity // cluster)
         tokens = entries * page_size
         # Of what is chosen, a sixteenth is attended to.
@@ -239,9 +259,11 @@ def _cut(
             limit = min(total, _SMEM_OF_TWO) // 2 if resident == 2 else block_limit
             if smem > limit - _STATIC_SMEM:
                 continue
-            at_once = min(rows, int(_FITTING[cluster] * num_sms * resident) // cluster)
+            at_once = min(rows, int(fitting * num_sms * resident) // cluster)
+            if at_once == 0:
+                continue
             together = -(-at_once * cluster // num_sms)
-            waves = -(-rows // max(at_once, 1))
+            waves = -(-rows // at_once)
             streams = size * max(together / 32e3, 1 / (32e3 if warps == 16 else 24e3))
             time = waves * (streams + (25 if warps == 16 else 30) + 0.6 * cluster)
             if time < least:
@@ -326,4 +348,6 @@ def _cuda(
 def _kernel(dim: int, group: int, vectors: int, warps: int, device: int) -> kernels.Kernel:
     expression = f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}>"
     smem = shared_memory(device)[0] - _STATIC_SMEM
-    return kernels.load("fused_decode", expression, max_dynamic_smem=smem, max_cluster=_MAX_CLUSTER, device=device)
+    return kernels.load(
+        "fused_decode", expression, max_dynamic_smem=smem, max_cluster=_max_cluster(device), device=device
+    )

@@ -49,14 +49,17 @@ def run(cfg: DictConfig) -> TaskResult:
         ids = texts.tokens.to(session.model.device)
         observer = Observer(p, set(layers))
         attention = session.handle.attention
-        with session.measuring(TWILIGHT) as reading, session.branch(cache):
-            with session.steps(cache, task.steps, capture=False) as step:
-                for number in range(task.steps):
-                    attention.observer = observer if (number + 1) % task.every == 0 else None
-                    try:
-                        step(ids[:, task.context + number])
-                    finally:
-                        attention.observer = None
+        with (
+            session.measuring(TWILIGHT) as reading,
+            session.branch(cache),
+            session.steps(cache, task.steps, capture=False) as step,
+        ):
+            for number in range(task.steps):
+                attention.observer = observer if (number + 1) % task.every == 0 else None
+                try:
+                    step(ids[:, task.context + number])
+                finally:
+                    attention.observer = None
     context = {"context": task.context}
     row = {
         "method": TWILIGHT,
