@@ -70,14 +70,15 @@ def shadow_page(keys: Sequence[Sequence[float]], page_size: int, fill: int = 0xF
 def top_p(logits: Sequence[float], p: float) -> set[int]:
     """Return the entries that top-p keeps: sort, add up until the mass is reached, then finish the class of ties."""
     weights = softmax(np.asarray(logits, dtype=np.float64))
-    order = sorted((i for i in range(len(logits)) if logits[i] != -math.inf), key=lambda i: -weights[i])
+    order = sorted((i for i in range(len(logits)) if logits[i] != -math.inf), key=lambda i: -logits[i])
     kept: set[int] = set()
     mass, last = 0.0, math.inf
     for i in order:
-        if mass >= p and weights[i] < last and p < 1:
+        # Equal logits tie, not equal weights: exp rounds logits 1e-38 apart to one weight.
+        if mass >= p and logits[i] < last and p < 1:
             break
         kept.add(i)
-        mass, last = mass + weights[i], weights[i]
+        mass, last = mass + weights[i], logits[i]
     return kept
 
 

@@ -89,6 +89,7 @@ logit = st.one_of(st.integers(-12, 12).map(lambda n: n / 2), st.floats(-30, 30),
 @example([0.0] * 7, 3 / 7)
 @example([-INF] * 3, 0.5)
 @example([0.0, -700.0, -INF], 0.999999)
+@example([0.0, 1.1754943508222875e-38], 0.25)
 def test_mass_is_reached_and_the_set_is_minimal(logits: list[float], p: float) -> None:
     kept = set(top_p_mask(torch.tensor(logits, dtype=torch.float64), p).nonzero().flatten().tolist())
     candidates = {i for i, value in enumerate(logits) if value != -INF}
