@@ -383,7 +383,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
         const int3 found = find_rank(sums + warp * kMassBins, before[warp], rank_wanted[warp]);
         if (lane == 0) {
           const float w = bin_width[warp], low = base[warp] + max(found.x, 0) * w;
-          const bool fine = w <= fmaxf(1.f / kMassBins, low * 1.1920929e-7f);  // below what y resolves
+          const bool fine = w <= fmaxf(per_nat / 16384.f, low * 1.1920929e-7f);  // a 16384th of a nat, or what y resolves
           if (found.x < 0 && first_pass) {  // further down: up to 2^23 bins, beyond which everything is kept
             before[warp] = found.z, base[warp] = kMassBins, bin_width[warp] = 16384.f;
           } else if (found.x < 0 || found.z == rank_wanted[warp] || fine) {

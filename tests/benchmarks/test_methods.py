@@ -134,8 +134,23 @@ def test_a_wrong_step_is_found(work, static):
     work.cache.layers[0].v_pages[work.cache.table.rows[0][0]] += 100  # its sinks, which are kept
     check_step(attention, static, work.queries[0], stages.kept[0], "x")  # of what is there now, it is right
     wrong = functools.partial(check_step, attention, static, work.queries[0], stages.kept[1], "x")
-    with pytest.raises(WrongOutput, match="x: the output is"):
+    with pytest.raises(WrongOutput, match="x, beside its stages: the output is"):
         wrong()
+
+
+def test_an_output_of_other_tokens_than_were_kept_is_found(work, static, monkeypatch):
+    attention = TwilightAttention(work.cache.selector, TopP(0.9), 0.25)
+    stages = Stages(Method("x", attention), work, static)
+    right = attention.attend
+
+    def attend(q, layer):
+        out, lse = right(q, layer)
+        return (out if attention.observer else 1.02 * out), lse
+
+    monkeypatch.setattr(attention, "attend", attend)
+    with pytest.raises(WrongOutput, match="x: the output is 0.02 away"):
+        check_step(attention, static, work.queries[0], stages.kept[0], "x")
+    assert attention.observer is None
 
 
 def test_num_tokens_counts_as_the_selection_does():

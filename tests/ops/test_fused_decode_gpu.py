@@ -189,8 +189,14 @@ def test_pages_of_nan_come_first(reduce, length):
     got = case.run(0.9, reduce=reduce)
     pages = case.table.shape[1]
     chosen, want = as_mask(got.candidates, pages), case.budget.pages(case.page)
-    assert chosen[0, 0, [*worst, pages - 1]].all() and chosen[0, 1, pages - 1]
+    if reduce == "softmax":  # one NaN among a head's pages is one in each of their shares, and ties go by position
+        assert chosen[0, 0, : int(want[0, 0])].all()
+    else:
+        assert chosen[0, 0, [*worst, pages - 1]].all()
+    assert chosen[0, 1, pages - 1]
     assert torch.equal(chosen.sum(-1), want.long())
+    twin = as_mask(case.run(0.9, reduce=reduce, backend="torch").candidates, pages)
+    assert reduce != "softmax" or torch.equal(chosen[0, 0], twin[0, 0])
     # Enough of them: the lowest pages, and not even the newest beside them.
     params[case.table[0].long(), 1] = torch.nan
     params[case.table[0, -1].long(), 1] = 1.0

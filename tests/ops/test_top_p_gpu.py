@@ -87,8 +87,10 @@ def check(logits, candidates, p, pruned, **bounds):
     floor = bounds.get("min_tokens", 1)
     assert bool((own_count >= real.sum(-1).clamp(max=floor))[healthy].all())
     if bounds.get("max_tokens") is not None:
-        # What a ceiling lets through beyond its number lies within a 16384th of a nat of the threshold.
-        cut = grouped.masked_fill(~reference, torch.inf).amin(-1, keepdim=True)
+        # What a ceiling lets through beyond its number lies within a 16384th of a nat of the token of that rank. Not of
+        # the reference's last: the kernel may find p reached a few tokens later, beyond the ceiling, and among ties.
+        ranked = top_p_mask(logits, 1.0, **bounds).unflatten(1, (heads, -1))
+        cut = grouped.masked_fill(~ranked, torch.inf).amin(-1, keepdim=True)
         near = (real & (grouped >= cut - 1e-4 - 1e-6 * cut.abs())).sum(-1)
         over = own_count > near.clamp(min=bounds["max_tokens"])
         assert not bool(over[healthy].any())
