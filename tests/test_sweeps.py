@@ -15,13 +15,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from twilight import runs
 from twilight.cli import main
+from twilight.composing import Composer
 from twilight.config import CONFIG_NAMES
-from twilight.overrides import check, expand_budget
+from twilight.overrides import check, defer_options, expand_budget
 from twilight.running import gpu_of_worker
 from twilight.sweeper import ResumingSweeper
+from twilight.tasks import TASKS
 
 TASK = """
 import os, time
@@ -226,6 +229,63 @@ def test_a_sweep_orders_skips_and_tells(toy, capfd):
     assert {name: after[name] for name in before} == before
     assert main(["sweep", *words, "--rerun"]) == 0
     assert len(ran(toy)) == 10
+
+
+def test_a_summary_has_a_table_a_task_and_the_options_that_differ(toy, capfd, monkeypatch):
+    words = ["task=toy,other", "task.seed=3,4", "task.fail_at=0.7", "selector=streaming_llm", "p=0.8,0.7"]
+    (toy / "conf/task").mkdir(parents=True)
+    (toy / "conf/task/other.yaml").write_text(CONF.replace("toy", "other"))
+    monkeypatch.setitem(TASKS, "other", "twx_toy")
+    assert main(["sweep", "--config-dir", str(toy / "conf"), *words]) == 1
+    told = capfd.readouterr().err
+    rows = [line.split() for line in told.splitlines() if line.startswith("  streaming_llm")]
+    assert told.index("\ntoy") < told.index("\nother")
+    assert "seed" in told and "fail_at  " not in told and "seconds  " not in told
+    assert rows.count(["streaming_llm", "top_p", "0.8", "0.25", "4", "14.4"]) == 2
+    assert rows.count(["streaming_llm", "top_p", "0.7", "0.25", "3", "failed"]) == 2
+
+
+def test_options_of_a_task_that_is_swept_need_not_be_lists():
+    words = [
+        "task=facts,fidelity",
+        "task.context=512",
+        "task.depths=[0,1]",
+        "p=0.9",
+        "selector.x=${p}",
+        "task.seed=1,2",
+    ]
+    assert defer_options(words) == [
+        "task=facts,fidelity", "task.context=choice(512)", "task.depths=choice([0,1])", "selector.x=${p}",
+        "task.seed=1,2",
+    ]  # fmt: skip
+    assert main(["sweep", "task=facts,toys", "task.context=512"]) == 2
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        ["selector=full", "pruner=top_p", "p=0.7", "task=facts", "task.depths=[0,0.5]", "task.context=512"],
+        ["selector=quest", "selector.reduce=max", "budget=pyramid", "budget.value=64", "task=perplexity", "p=1"],
+        ["task=fidelity", "+task.more=1", "task.more=2", "experiment=table2_tiny"],
+        ["pruner=bounded_top_p", "pruner.tail=page_mean", "p=0.5", "selector=oracle_topk"],
+    ],
+)
+def test_a_job_is_composed_as_hydra_composes_it(job):
+    seen = []
+
+    class Compare(ResumingSweeper):
+        def sweep(self, arguments):
+            composer = Composer(self.context.config_loader, self.config)
+            for words in (job, [*job, "p=0.6"]):  # the second from what the first has read
+                seen.append((composer.compose(words), self.context.config_loader.load_sweep_config(self.config, words)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("twilight.sweeper.ResumingSweeper", Compare)
+        assert main(["sweep", "task=facts,perplexity"]) == 0
+    for got, want in seen:
+        del got.hydra, want.hydra
+        assert OmegaConf.to_container(got) == OmegaConf.to_container(want)
+        assert OmegaConf.to_container(got, resolve=True) == OmegaConf.to_container(want, resolve=True)
 
 
 def test_a_failure_is_told_at_once_and_mended_by_the_next_sweep(toy, capfd, monkeypatch):

@@ -87,6 +87,9 @@ def _hydra(verb: str, words: list[str]) -> int:
                 args.overrides, multirun=args.multirun, config_name=args.config_name or name, folders=folders
             )
             _check_outputs(composed)
+            if args.multirun and verb == "run":
+                named = set(args.overrides)
+                words = [*(word for word in words if word not in named), *overrides.defer_options(args.overrides)]
     except _EXPECTED as error:
         return _report(error, USAGE)
     if verb == "decode":

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twilight import config, resources
+from twilight import config, resources, runs
 from twilight.errors import TwilightError, UnknownNameError, did_you_mean, unknown_name
 from twilight.registry import registry
 
@@ -42,6 +42,24 @@ def expand_budget(words: Sequence[str]) -> list[str]:
             word = f"budget.value={value}"
         expanded.append(word)
     return expanded
+
+
+def defer_options(words: Sequence[str]) -> list[str]:
+    """Spell ``task.context=512`` as a list of one value, for a sweep.
+
+    Hydra composes a configuration of what is not a list before it makes jobs. In it, ``task=facts,fidelity`` has not
+    been chosen yet, and an option of theirs is none.
+    """
+    parser = OverridesParser.create()
+    deferred = []
+    for word in words:
+        key, _, value = word.partition("=")
+        group, _, option = key.partition(".")
+        plain = group in runs.GROUPS and option and value and "${" not in value
+        if plain and not parser.parse_override(word).is_sweep_override():
+            word = f"{key}=choice({value})"
+        deferred.append(word)
+    return deferred
 
 
 def check(

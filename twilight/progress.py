@@ -132,26 +132,15 @@ class Watch:
 def print_summary(plan: Sequence[Planned], watch: Watch, seconds: float) -> None:
     """Print a table of the runs of a sweep, and how they ended, on standard error."""
     console = Console(stderr=True)
+    if not console.is_terminal:  # a file has room
+        console.width = max(console.width, 160)
     ends = {id(each): word for kind, word in ((watch.failed, "failed"), (watch.not_applicable, "not applicable"))
             for each in kind}  # fmt: skip
-    results = {id(each): runs.read_result(each.folder, each.config) for each in plan}
-    means = {key: _means(result["rows"]) for key, result in results.items() if result is not None}
-    metrics = [name for name in METRICS if any(name in mean for mean in means.values())]
-    several = len({each.config["task"]["name"] for each in plan}) > 1
-    table = Table(box=SIMPLE_HEAD)
-    for name in (["task"] if several else []) + ["selector", "pruner", "p", "budget"]:
-        table.add_column(name, overflow="fold")
-    for name in metrics:
-        table.add_column(name, justify="right")
-    table.add_column("")
+    by_task: dict[str, list[Planned]] = {}
     for each in plan:
-        config, mean = each.config, means.get(id(each), {})
-        head = [config["task"]["name"]] if several else []
-        head += [config["selector"]["name"], config["pruner"]["name"]]
-        head += ["" if config["p"] is None else f"{config['p']:g}", str(config["budget"]["value"])]
-        end = "" if id(each) in means else ends.get(id(each), "not run")
-        table.add_row(*map(escape, head), *(f"{mean[name]:.4g}" if name in mean else "" for name in metrics), end)
-    console.print(table)
+        by_task.setdefault(each.config["task"]["name"], []).append(each)
+    for task, planned in by_task.items():
+        console.print(_summary(task if len(by_task) > 1 else None, planned, ends))
     console.print(f"{watch.counts()} in {_duration(seconds)}", markup=False, highlight=False)
     left = len(plan) - sum(map(len, (watch.done, watch.failed, watch.not_applicable))) - watch.skipped
     if left:
@@ -160,6 +149,29 @@ def print_summary(plan: Sequence[Planned], watch: Watch, seconds: float) -> None
         where = "\n  ".join(str(each.folder / runs.ERROR) for each in watch.failed)
         console.print(f"failed, and run again by the same command:\n  {where}", markup=False, highlight=False,
                       soft_wrap=True)  # fmt: skip
+
+
+def _summary(title: str | None, plan: Sequence[Planned], ends: dict[int, str]) -> Table:
+    """Return a table of the runs of one task: what they are, the options that differ, and the mean of each metric."""
+    results = {id(each): runs.read_result(each.folder, each.config) for each in plan}
+    means = {key: _means(result["rows"]) for key, result in results.items() if result is not None}
+    metrics = [name for name in METRICS if any(name in mean for mean in means.values())]
+    tasks = [each.config["task"] for each in plan]
+    differing = [key for key in tasks[0] if any(task.get(key) != tasks[0][key] for task in tasks)]
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left")
+    for name in ("selector", "pruner", "p", "budget", *differing):
+        table.add_column(escape(name), no_wrap=True)
+    for name in metrics:
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for each, task in zip(plan, tasks, strict=True):
+        config, mean = each.config, means.get(id(each), {})
+        head = [config["selector"]["name"], config["pruner"]["name"]]
+        head += ["" if config["p"] is None else f"{config['p']:g}", str(config["budget"]["value"])]
+        head += [str(task.get(key, "")) for key in differing]
+        end = "" if id(each) in means else ends.get(id(each), "not run")
+        table.add_row(*map(escape, head), *(f"{mean[name]:.4g}" if name in mean else "" for name in metrics), end)
+    return table
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twilight import config, running, runs
 from twilight.checks import check_positive
+from twilight.composing import Composer
 from twilight.errors import did_you_mean
 from twilight.progress import Watch, print_summary
 from twilight.ray_launcher import RayLauncher
@@ -129,16 +129,17 @@ class ResumingSweeper(Sweeper):
 
     def plan(self, arguments: Sequence[str]) -> list[Planned]:
         """Return the runs that the words make, each once, in the order to run them in."""
-        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        assert self.config is not None
+        composer = Composer(self.context.config_loader, self.config)
         planned: dict[str, Planned] = {}
         for arm in self.arms:
             # The last of several overrides of an option counts, so that the command line's does.
             words = [f"{key}={value}" for key, value in {**self.params, **arm}.items()]
-            overrides = parser.parse_overrides([*words, *arguments])
+            overrides = composer.parser.parse_overrides([*words, *arguments])
             found = _found(overrides)
             (batch,) = BasicSweeper.split_arguments(overrides, None)
             for job in batch:
-                each = self._planned(job, found)
+                each = self._planned(composer, job, found)
                 planned.setdefault(str(each.folder), each)
         each_run = list(planned.values())
         return [each_run[index] for index in runs.sweep_order([each.config for each in each_run])]
@@ -163,10 +164,10 @@ class ResumingSweeper(Sweeper):
             jobs.append(words)
         return jobs
 
-    def _planned(self, job: list[str], found: bool) -> Planned:
+    def _planned(self, composer: Composer, job: list[str], found: bool) -> Planned:
         assert self.config is not None
         try:
-            cfg = self.context.config_loader.load_sweep_config(self.config, list(job))
+            cfg = composer.compose(job)
             for build in (config.build_selector, config.build_pruner, config.build_budget):
                 build(cfg)
             described = runs.run_config(cfg)
