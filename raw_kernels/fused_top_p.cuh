@@ -151,12 +151,14 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       }
       if (cut.bin >= 0) {
         const u32 least = least_half(own_top, per_nat, edge);
+        __syncwarp();  // every lane has read s.refine
         if (lane < cluster.size) {
           AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);
           AnyCluster::store(AnyCluster::address(s.mass + owned, lane), __float_as_uint(fminf(mass, 1.f)));
           AnyCluster::store(AnyCluster::address(s.refine + owned, lane), refine);
         }
       }
+      __syncwarp();  // ... and its bins
 #pragma unroll 1
       for (int i = lane; i < kMassBins; i += kWarp) mine[i] = 0;
     }
