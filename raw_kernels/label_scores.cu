@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(128) label_scores_any(const __grid_constant__ 
   const long long place = (static_cast<long long>(page) * p.kv_heads + kv_head) * p.page_size + token % p.page_size;
   const int bytes = r * p.bits / 8;
   const u8* const label = p.label + place * bytes;
-  const float2 scale_zero = p.bits == 16 ? make_float2(1.f, 0.f) : unpack2<half>(p.label_params[place]);
+  const float2 scale_zero = p.bits == 16 || !real ? make_float2(1.f, 0.f) : unpack2<half>(p.label_params[place]);
   for (int g = 0; g < p.group; ++g) {
     float dot = 0.f, sum = 0.f;
     for (int c = 0; real && c < r; ++c) {
