@@ -220,3 +220,27 @@ def test_options_that_rows_have_a_column_of_do_not_part_runs(tmp_path, fake):
 def test_gain_is_towards_better():
     assert Metric("t", "c", "", True).gain(3.0, 1.0) == 2.0
     assert Metric("t", "c", "", False).gain(3.0, 1.0) == -2.0
+
+
+def test_texts_of_other_contexts_and_seeds_are_one_setting_and_two_of_the_same_are_not(tmp_path, fake):
+    def run(name, text, context, seed=0, p=0.9):
+        of = fake.config("perplexity", "quest", p, context=context, seed=seed)
+        row = {"text": text, "context": context, "bits_per_byte": 1.0, "delta_bits": 0.0, "b1_group": 9}
+        fake.write(tmp_path / name, of, [row])
+
+    run("a", "heldout 0123456789ab", 4096)
+    run("b", "heldout 456789abcdef", 8192)
+    run("c", "heldout 89abcdef0123", 8192, seed=1)
+    (one,) = {row.setting for row in merged(tmp_path).rows}
+    assert one.text == "heldout"
+    run("d", "heldout fedcba987654", 8192, p=0.8)  # the folder of another machine, say
+    assert {row.setting.text for row in merged(tmp_path).rows} == {
+        f"heldout {digits}" for digits in ("0123456789ab", "456789abcdef", "89abcdef0123", "fedcba987654")
+    }
+
+
+def test_settings_of_two_tasks_are_named_by_the_task(tmp_path, fake):
+    fake.facts(tmp_path, "quest", 0.9)
+    fake.fidelity(tmp_path, "quest", 0.9)
+    names = labels(row.setting for row in merged(tmp_path).rows)
+    assert sorted(names.values()) == ["tiny, facts, float32, cpu", "tiny, fidelity, float32, cpu"]

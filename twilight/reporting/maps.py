@@ -13,7 +13,7 @@ from .settings import Setting, labels
 from .style import Picture
 from .table import Row
 
-MOST_PANELS = 16
+MOST_PANELS = 20
 _ACCURACY = Metric("facts", "accuracy", "facts answered", True)
 
 
@@ -28,7 +28,7 @@ def budgets(rows: Sequence[Row]) -> list[Picture]:
     for order, (label, mine) in enumerate(_comparable(usable)):
         mine, context = _longest(mine)
         groups, chosen = representatives(mine)
-        groups = dict(list(groups.items())[:MOST_PANELS])
+        groups, left = _first(groups)
         if not groups:
             continue
         grids = {name: _heads(group) for name, group in groups.items()}
@@ -50,7 +50,7 @@ def budgets(rows: Sequence[Row]) -> list[Picture]:
             "Yellow heads keep many tokens, dark ones few, on one logarithmic scale for all panels; grey layers are "
             "dense or not measured. A fixed budget would make all the same colour."
         )
-        pictures.append(Picture(f"budgets{_number(order)}", "Tokens kept by layer and head", caption, figure))
+        pictures.append(Picture(f"budgets{_number(order)}", "Tokens kept by layer and head", caption + left, figure))
     return pictures
 
 
@@ -79,11 +79,11 @@ def needles(rows: Sequence[Row]) -> list[Picture]:
         same = [row for row in usable if str(row.values.get("kind") or "facts") == kind]
         for order, (label, mine) in enumerate(_comparable(same)):
             groups, chosen = representatives(mine)
+            groups, left = _first(groups)
             titles = {name: f"{_short(name)}\n{_choice(chosen[name])}" for name in groups}
             dense = [row for row in mine if row.is_dense]
             if dense:
                 groups, titles = {"dense": dense, **groups}, {"dense": "dense\n", **titles}
-            groups = dict(list(groups.items())[:MOST_PANELS])
             contexts = sorted({float(row.values["context"]) for row in mine})
             depths = sorted({float(row.values["depth"]) for row in mine})
             with style.drawing():
@@ -102,7 +102,7 @@ def needles(rows: Sequence[Row]) -> list[Picture]:
                 "fact can be lost too."
             )
             stem = f"needle-{kind.replace(' ', '_').replace('/', '_')}{_number(order)}"
-            pictures.append(Picture(stem, f"Facts by depth and length: {kind}", caption, figure))
+            pictures.append(Picture(stem, f"Facts by depth and length: {kind}", caption + left, figure))
     return pictures
 
 
@@ -114,7 +114,7 @@ def positions(rows: Sequence[Row]) -> list[Picture]:
     for order, (label, mine) in enumerate(_comparable(usable)):
         mine, context = _longest(mine)
         groups, chosen = representatives(mine)
-        groups = dict(list(groups.items())[:MOST_PANELS])
+        groups, left = _first(groups)
         if not groups:
             continue
         with style.drawing():
@@ -151,7 +151,9 @@ def positions(rows: Sequence[Row]) -> list[Picture]:
             "newest token, 1 the first of the context. Mean over layers. Both kinds keep as many tokens on average: "
             "where the lines part, top-p spends them elsewhere than top-k."
         )
-        pictures.append(Picture(f"positions{_number(order)}", "Positions kept, top-p against top-k", caption, figure))
+        pictures.append(
+            Picture(f"positions{_number(order)}", "Positions kept, top-p against top-k", caption + left, figure)
+        )
     return pictures
 
 
@@ -231,6 +233,13 @@ def _longest(rows: Sequence[Row]) -> tuple[list[Row], str]:
     longest = max(each for each in contexts if each is not None)
     kept = [row for row in rows if number(row.values.get("context")) == longest]
     return kept, f", context {style.length(longest)}"
+
+
+def _first(groups: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], str]:
+    """Return as many groups as a picture has panels for, and the end of a caption that names the others."""
+    names = list(groups)
+    left = f" Left out, for want of room: {', '.join(names[MOST_PANELS:])}." if len(names) > MOST_PANELS else ""
+    return {name: groups[name] for name in names[:MOST_PANELS]}, left
 
 
 def _choice(how: Choice) -> str:

@@ -8,8 +8,9 @@ options of the task.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .collect import Run
@@ -65,15 +66,36 @@ def setting(run: Run, row: Mapping[str, Any], columns: Collection[str]) -> Setti
     )
 
 
+def texts_by_name(rows: Sequence[tuple[Setting, Mapping[str, Any]]]) -> dict[Setting, Setting]:
+    """Return settings without the hash of their text, where it says no more than the other columns do.
+
+    A longer context or another seed takes other parts of a text, whose hash is then another. They are no other setting
+    as long as there is one hash for each context and seed.
+    """
+    hashes: dict[tuple[Any, ...], set[str]] = {}
+    for one, values in rows:
+        known = (replace(one, text=_name(one.text)), values.get("context"), values.get("seed"))
+        hashes.setdefault(known, set()).add(one.text)
+    several = {known[0] for known, found in hashes.items() if len(found) > 1}
+    named = {one: replace(one, text=_name(one.text)) for one, _ in rows}
+    return {one: one if name in several else name for one, name in named.items()}
+
+
 def labels(settings: Iterable[Setting]) -> dict[Setting, str]:
     """Name each of `settings` by its model, text, type and device, and the parts in which they differ."""
     every = list(dict.fromkeys(settings))
     names = [each.name for each in fields(Setting) if each.name not in ("task", "model")]
     always = ("text", "dtype", "device")
-    differ = [name for name in names if name in always or len({getattr(each, name) for each in every}) > 1]
+    tasks = dict.fromkeys(each.task for each in every)
+    # Options of two tasks always differ: their names say it in fewer words.
+    sets = [[each for each in every if each.task == task] for task in tasks]
+    differ = [
+        name for name in names
+        if name in always or any(len({getattr(each, name) for each in same}) > 1 for same in sets)
+    ]  # fmt: skip
     found = {}
     for each in every:
-        parts = [each.model or "no model"]
+        parts = [each.model or "no model"] + ([each.task] if len(tasks) > 1 else [])
         for name in differ:
             value = getattr(each, name)
             if name in _LISTS:  # only the entries that not all have
@@ -100,6 +122,10 @@ def describe(one: Setting) -> str:
 
 def _parts(name: str, value: str) -> list[str]:
     return value.split(_LISTS[name])
+
+
+def _name(text: str) -> str:
+    return re.sub(r" [0-9a-f]{12}$", "", text)
 
 
 def _text(value: Any) -> str:

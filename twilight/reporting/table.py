@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from twilight.errors import missing_extra
 
 from .collect import Collected, Run
 from .metrics import Metric, metrics, number, stderr, too_good
-from .settings import Setting, setting
+from .settings import Setting, setting, texts_by_name
 
 FIRST = (
     "task", "method", "model", "model_revision", "selector", "selector_options", "budget", "budget_value", "pruner",
@@ -83,6 +83,9 @@ def merge(found: Collected) -> Merged:
         rows += [_row(run, row, columns) for row in run.rows]
         for name, table in run.tables.items():
             tables.setdefault(name, []).extend(_row(run, row, columns) for row in table)
+    named = texts_by_name([(row.setting, row.values) for each in (rows, *tables.values()) for row in each])
+    rows, *others = ([replace(row, setting=named[row.setting]) for row in each] for each in (rows, *tables.values()))
+    tables = dict(zip(tables, others, strict=True))
     every = metrics(row.values for row in rows)
     rows, spread = _dense_once(rows, every)
     _compare(rows, every)
