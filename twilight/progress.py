@@ -170,8 +170,12 @@ def _summary(title: str | None, plan: Sequence[Planned], ends: dict[int, str]) -
         head += ["" if config["p"] is None else f"{config['p']:g}", str(config["budget"]["value"])]
         head += [str(task.get(key, "")) for key in differing]
         end = "" if id(each) in means else ends.get(id(each), "not run")
-        table.add_row(*map(escape, head), *(f"{mean[name]:.4g}" if name in mean else "" for name in metrics), end)
+        table.add_row(*map(escape, head), *(_number(mean.get(name)) for name in metrics), end)
     return table
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
