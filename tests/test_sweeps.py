@@ -250,7 +250,6 @@ def test_options_of_a_task_that_is_swept_need_not_be_lists():
         "task=facts,fidelity",
         "task.context=512",
         "task.depths=[0,1]",
-        "p=0.9",
         "selector.x=${p}",
         "task.seed=1,2",
     ]

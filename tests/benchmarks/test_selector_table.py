@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from twilight.benchmarks import selectors
+from twilight.benchmarks import selector_table
 
 ROOT = Path(__file__).parents[2]
 FIELDS = (
@@ -50,7 +50,7 @@ def rows(tmp_path):
 
 
 def test_means_of_what_belongs_together(rows, capsys):
-    assert selectors.main([str(rows), "--contexts", "8192"]) == 0
+    assert selector_table.main([str(rows), "--contexts", "8192"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "8192 tokens:"
     assert lines[4:] == [
@@ -60,10 +60,10 @@ def test_means_of_what_belongs_together(rows, capsys):
 
 
 def test_what_cannot_be_made_is_said(rows, tmp_path, capsys):
-    assert selectors.main([str(rows), "--contexts", "512"]) == 2
+    assert selector_table.main([str(rows), "--contexts", "512"]) == 2
     document = tmp_path / "x.md"
     document.write_text("# X\n")
-    assert selectors.main([str(rows), "--contexts", "8192", "--update", str(document)]) == 2
+    assert selector_table.main([str(rows), "--contexts", "8192", "--update", str(document)]) == 2
     assert capsys.readouterr().err.count("error: ") == 2
     assert document.read_text() == "# X\n"
 
@@ -72,7 +72,7 @@ def test_the_document_shows_the_rows_beside_it(tmp_path):
     right = (ROOT / "docs/selectors.md").read_text(encoding="utf-8")
     document = tmp_path / "selectors.md"
     document.write_text(right.replace("0.9", "0.1"), encoding="utf-8")
-    assert selectors.main([str(ROOT / "docs/sweep-tiny/rows.csv"), "--update", str(document)]) == 0
+    assert selector_table.main([str(ROOT / "docs/sweep-tiny/rows.csv"), "--update", str(document)]) == 0
     tables = [text.partition("<!-- /selectors -->")[0].partition("<!-- selectors -->")[2]
               for text in (right, document.read_text(encoding="utf-8"))]  # fmt: skip
     assert tables[0] == tables[1] and tables[0].count("\n| `") == 64

@@ -2,7 +2,7 @@
 
     twilight sweep 'selector=glob(*)' pruner=none,top_p p=0.95 task=fidelity,perplexity,facts task.context=8192,16384
     twilight report runs --out report
-    python -m benchmarks.selectors report/rows.csv --contexts 8192 16384 --update docs/selectors.md
+    python -m benchmarks.selector_table report/rows.csv --contexts 8192 16384 --update docs/selectors.md
 
 The table stands between the marks <!-- selectors --> and <!-- /selectors --> of the document; or it is printed.
 """
@@ -87,7 +87,7 @@ def table(found: Mapping[tuple[str, str, str], Line], context: int) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Print the tables, or put them into a document."""
-    parser = argparse.ArgumentParser("selectors", description="Selectors with and without top-p, in a table.")
+    parser = argparse.ArgumentParser("selector_table", description="Selectors with and without top-p, in a table.")
     parser.add_argument("rows", type=Path, help="rows.csv of `twilight report`")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--p", type=float, default=0.95)
