@@ -248,13 +248,15 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 #pragma unroll 1
   for (int chunk = run_begin; chunk < run_end; ++chunk) {
     u32 mine = keep[chunk];
-    while (mine) {
-      const int candidate = chunk * 8 + __ffs(mine) - 1, entry = candidate >> p.page_shift, offset = candidate & (page_size - 1);
+    if (mine == 0) continue;
+    const int entry = chunk * 8 >> p.page_shift, offset = chunk * 8 & (page_size - 1);  // one page has all eight
+    const int place = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset, position = (logical[entry] << p.page_shift) + offset;
+    do {
+      const int candidate = __ffs(mine) - 1;
       mine &= mine - 1;
-      if (kept) kept[kept_before + at] = (logical[entry] << p.page_shift) + offset;
-      places[at] = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset;
-      ++at;
-    }
+      if (kept) kept[kept_before + at] = position + candidate;
+      places[at++] = place + candidate;
+    } while (mine);
   }
   const auto report = [&] {  // by block 0, once it has everybody's counts
     if (rank != 0) return;

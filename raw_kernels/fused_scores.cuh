@@ -95,10 +95,10 @@ struct HeadScale {
   }
 };
 
-// Hand every score of a tile to `use(row, head, nth, score)`. `params(upper)` gives (scale, zero) of row gid or gid + 8. With one column tile a lane has 2 heads of one row:
+// Hand every score of a tile to `use(row, head, nth, score)`. `params` are (scale, zero), halves, of row gid or gid + 8, see `row_of`, or of both. With one column tile a lane has 2 heads of one row:
 // heads lie in tig 0 and 1, residuals in tig 2 and 3, and two shuffles give tig 0 and 1 row gid, 2 and 3 row gid + 8.
-template <int Tiles, typename Params, typename Use>
-__device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const Params& params, const Use& use) {
+template <int Tiles, typename Use>
+__device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const u32 (&params)[Tiles == 1 ? 1 : 2], const Use& use) {
   if constexpr (Tiles == 1) {
     const bool upper = tig >= 2;
     const int got0 = __shfl_xor_sync(kFullMask, upper ? dot[0][0] : dot[0][2], 2);
@@ -106,7 +106,7 @@ __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadSca
     const int first = upper ? got0 * 254 + dot[0][2] : dot[0][0] * 254 + got0;
     const int second = upper ? got1 * 254 + dot[0][3] : dot[0][1] * 254 + got1;
     const int r = gid + (upper ? 8 : 0), g = 2 * (tig & 1);
-    const float2 sz = params(upper);
+    const float2 sz = unpack2<half>(params[0]);
     use(r, g, 0, fmaf(sz.x * head.scale[0][0], static_cast<float>(first), sz.y * head.sum[0][0]));
     use(r, g + 1, 1, fmaf(sz.x * head.scale[0][1], static_cast<float>(second), sz.y * head.sum[0][1]));
   } else {
@@ -115,11 +115,16 @@ __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadSca
     for (int t = 0; t < kHeadTiles; ++t)
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float2 sz = params(k >= 2);
+        const float2 sz = unpack2<half>(params[k / 2]);
         const int sum = dot[t][k] * 254 + dot[t + kHeadTiles][k];
         use(gid + (k < 2 ? 0 : 8), 8 * t + 2 * tig + k % 2, 2 * t + k % 2, fmaf(sz.x * head.scale[t][k % 2], static_cast<float>(sum), sz.y * head.sum[t][k % 2]));
       }
   }
+}
+// The row of a tile whose parameters a lane loads as number h.
+template <int Tiles>
+__device__ __forceinline__ int row_of(int h, int gid, int tig) {
+  return gid + 8 * (Tiles == 1 ? tig >= 2 : h);
 }
 
 // Maximum and sum of each head over the warp, to parts [head].
@@ -171,23 +176,26 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
     }
   const HeadScale<Tiles> head(query, tig, sm_scale / 254.f, sm_scale);
 
+  constexpr int kParams = Tiles == 1 ? 1 : 2;
   const int tiles = ceil_div(count, kTile);
+  const auto place = [&](int tile, int r) {  // behind the end the last page is read again
+    return static_cast<long long>(pages[min(tile * kTile + r, count - 1)]) * kv_heads + kv_head;
+  };
+#pragma unroll 1
   for (int first = warp; first < tiles; first += kWarps * kBatch) {
     uint4 x[kBatch][2][kPieces];
-    u32 sz[kBatch][Tiles == 1 ? 1 : 2];
+    u32 sz[kBatch][kParams];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        // Behind the end the last page is read again.
-        const long long place = static_cast<long long>(pages[min(tile * kTile + gid + 8 * h, count - 1)]) * kv_heads + kv_head;
-        const u8* const row = codes + place * (Vectors * D) + tig * 16;
+        const u8* const row = codes + place(tile, gid + 8 * h) * (Vectors * D) + tig * 16;
 #pragma unroll
         for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64);
-        if constexpr (Tiles > 1) sz[i][h] = __ldg(params + place);
-        else if (h == (tig >= 2)) sz[i][0] = __ldg(params + place);
       }
+#pragma unroll
+      for (int h = 0; h < kParams; ++h) sz[i][h] = __ldg(params + place(tile, row_of<Tiles>(h, gid, tig)));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -202,12 +210,10 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
           mma_u8s8(dot[t], low.z, high.z, low.w, high.w, b[t][j].z, b[t][j].w);
         }
       }
-      settle<Tiles>(
-          dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
-          [&](int r, int g, int nth, float score) {
-            const int page = tile * kTile + r;
-            use(page, g, nth, page < count ? score : -inf());
-          });
+      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float score) {
+        const int page = tile * kTile + r;
+        use(page, g, nth, page < count ? score : -inf());
+      });
     }
   }
 }
@@ -235,17 +241,19 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
     }
   const HeadScale<Tiles> head(query, tig, sm_scale * (1.f / (254.f * 16.f)), sm_scale);
 
+  constexpr int kParams = Tiles == 1 ? 1 : 2;
   const int tiles = count << half_shift;
+#pragma unroll 1
   for (int first = warp; first < tiles; first += kWarps * kBatch) {
     uint4 x[kBatch][2][kPieces];
-    u32 sz[kBatch][Tiles == 1 ? 1 : 2];
+    u32 sz[kBatch][kParams];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int tile = min(first + i * kWarps, tiles - 1), start = (tile << 4) & (page_size - 1);
+      const int tile = min(first + i * kWarps, tiles - 1), begin = (tile << 4) & (page_size - 1);
       const u8* const block = shadow + (static_cast<long long>(pages[tile >> half_shift]) * kv_heads + kv_head) * block_bytes;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const u8* const row = block + (start + gid + 8 * h) * (D / 2);
+        const u8* const row = block + (begin + gid + 8 * h) * (D / 2);
         if constexpr (D == 64) {
           const uint2 v = load_stream8(row + tig * 8);
           x[i][h][0].x = v.x, x[i][h][0].y = v.y;
@@ -253,14 +261,15 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
 #pragma unroll
           for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64 + tig * 16);
         }
-        if (Tiles > 1 || h == (tig >= 2)) sz[i][Tiles == 1 ? 0 : h] = load_stream4(block + page_size * (D / 2) + (start + gid + 8 * h) * 4);
       }
+#pragma unroll
+      for (int h = 0; h < kParams; ++h) sz[i][h] = load_stream4(block + page_size * (D / 2) + (begin + row_of<Tiles>(h, gid, tig)) * 4);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int tile = first + i * kWarps, start = (tile << 4) & (page_size - 1);
+      const int tile = first + i * kWarps;
       // Tokens of the tile that are there.
-      const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - start : 0;
+      const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - ((tile << 4) & (page_size - 1)) : 0;
       int dot[Tiles][4];
       constexpr u32 kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
 #pragma unroll
@@ -276,9 +285,7 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
 #pragma unroll
         for (int k = 0; k < 4; ++k) dot[t][k] = lo[k] * 16 + hi[k];
       }
-      settle<Tiles>(
-          dot, head, gid, tig, [&](bool upper) { return unpack2<half>(sz[i][Tiles == 1 ? 0 : upper]); },
-          [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
+      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
     }
   }
 }

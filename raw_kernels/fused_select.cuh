@@ -78,7 +78,7 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
   u32 low = kNaN, high = 0;
   int there = 0;
   const int padded = ceil_div(count, kTile) * kTile;
-#pragma unroll 1
+#pragma unroll 2
   for (int i = threadIdx.x; i < padded; i += kThreads) {
     float largest = -inf(), total = 0.f;
     bool nan = false;
@@ -150,10 +150,14 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
   if (int rank = taken - forced; rank > 0) {
     int shift = max(32 - __clz(static_cast<int>(high - low)) - kRadixBits, 0);
     for (bool more = true; more;) {
-#pragma unroll 2
-      for (int i = threadIdx.x; i < real; i += kThreads) {
-        const u32 key = keys[i];
-        if (key >= low && key <= high) atomicAdd(&histogram[(key - low) >> shift], 1);
+#pragma unroll 1
+      for (int i = threadIdx.x * 4; i < real; i += kThreads * 4) {  // keys go on to a multiple of 16, with what is in no range
+        const uint4 four = load16(keys + i);
+        const u32 key[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (key[j] >= low && key[j] <= high) atomicAdd(&histogram[(key[j] - low) >> shift], 1);
+        }
       }
       __syncthreads();
       find_rank<kThreads>(histogram, rank, s.scan, s.result);

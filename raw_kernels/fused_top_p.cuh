@@ -45,6 +45,11 @@ __device__ __forceinline__ u32 least_half(float origin, float per_nat, float edg
   return __half_as_ushort(x);
 }
 
+// Add a weight to the bin at a shared address if y < depth; what is not added may have an address of nothing.
+__device__ __forceinline__ void add_if_less(float y, float depth, u32 at, u32 weight) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, %1;\n@p red.shared.add.u32 [%2], %3;\n}" ::"f"(y), "f"(depth), "r"(at), "r"(weight) : "memory");
+}
+
 // Fills s.least and s.mass. `logits` [group, pitch], `size` a multiple of 16 of them count; `parts` are maxima and sums of this block's warps [warps][kMaxHeads], `all_parts` has room for those of
 // every block. `bins` and `sums` have [group, kMassBins] zeros, and are one where the cluster is one block. `length` candidates a row. A warp works for head warp % group.
 template <int kThreads, int kMaxHeads>
@@ -81,27 +86,30 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
     // ---- histogram ----
     if (depth > 0.f) {
       const u32 at = smem_address(bins + g * kMassBins);
-      const auto count = [&](float scaled, float y) {
-        const float floored = __fadd_rd(scaled, kMagic);
-        const u32 weight = bin_weight(pass ? y : y - (floored - kMagic), width, one);
-        asm volatile("red.shared.add.u32 [%0], %1;" ::"r"(at + low_bits(floored) * 4), "r"(weight) : "memory");
-      };
+      const half2 low = __half2half2(__float2half_rd((from - depth) * width)), high = __half2half2(__float2half_ru(from * width));
 #pragma unroll 1
       for (int chunk = first_chunk; chunk < chunks; chunk += step) {
         Chunk<half> v;
         v.load(logits + g * pitch + chunk * 8);
-        if (fmaf(-per_nat, v.max(), from) >= depth) continue;
         if (pass == 0) {
+          if (fmaf(-per_nat, v.max(), from) >= depth) continue;
+          // All eight at once and without a branch: chains of some 20 instructions that would wait for one another otherwise.
 #pragma unroll
           for (int i = 0; i < 8; ++i) {
-            const float y = fmaf(-per_nat, v[i], from);
-            if (y < depth) count(y, y);
+            const float y = fmaf(-per_nat, v[i], from), floored = __fadd_rd(y, kMagic);
+            add_if_less(y, depth, at + low_bits(floored) * 4, bin_weight(y - (floored - kMagic), width, one));
           }
         } else {
+          // Few chunks have a logit in the bin; comparing halves, two at a time, says which may.
+          const auto inside = [&](u32 w) {
+            const half2 x = *reinterpret_cast<const half2*>(&w);
+            return __hge2_mask(x, low) & __hle2_mask(x, high);
+          };
+          if ((inside(v.raw.x) | inside(v.raw.y) | inside(v.raw.z) | inside(v.raw.w)) == 0) continue;
 #pragma unroll 1
           for (int i = 0; i < 8; ++i) {
             const float y = fmaf(-per_nat, __half2float(logits[g * pitch + chunk * 8 + i]), from);
-            if (y < depth && y >= 0.f) count(y * kMassSubBins, y);
+            if (y < depth && y >= 0.f) add_if_less(y, depth, at + low_bits(__fadd_rd(y * kMassSubBins, kMagic)) * 4, bin_weight(y, width, one));
           }
         }
       }
@@ -182,7 +190,7 @@ __device__ __forceinline__ int mark_kept(const AnyCluster& cluster, TopPScratch<
   const int chunks = size / 8, run = ceil_div(chunks, kThreads);
   run_begin = min(static_cast<int>(threadIdx.x) * run, chunks), run_end = min(run_begin + run, chunks);
   int kept_here = 0, counts[kHeads] = {};
-#pragma unroll 1
+#pragma unroll 2
   for (int chunk = run_begin; chunk < run_end; ++chunk) {
     u32 any = 0;
 #pragma unroll
