@@ -180,12 +180,13 @@ def save(path: Path, data: dict[str, Any]) -> None:
     path.write_text(f'{head},\n "rows": {{\n' + ",\n".join(sections) + "\n }\n}\n")
 
 
-def update(path: Path, text: str) -> None:
+def update(path: Path, text: str, mark: str = "quality") -> None:
     """Put the table between the marks of a document."""
     old = path.read_text()
-    new, found = re.subn(r"(<!-- quality -->\n).*?(<!-- /quality -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
+    name = re.escape(mark)
+    new, found = re.subn(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + text + m[2], old, flags=re.S)
     if not found:
-        raise ValueError(f"{path}: no line <!-- quality -->, which the table would follow")
+        raise ValueError(f"{path}: no line <!-- {mark} -->, which the table would follow")
     path.write_text(new)
 
 
@@ -193,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, write it down after every rule, and print the table."""
     parser = argparse.ArgumentParser("quality", description="Pruning rules: quality against bytes read.")
     parser.add_argument("--json", type=Path, required=True, help="results; rules that it has are not run again")
-    parser.add_argument("--update", type=Path, help="a document with the marks <!-- quality --> and <!-- /quality -->")
+    parser.add_argument("--update", type=Path, help="a document with the marks <!-- MARK --> and <!-- /MARK -->")
+    parser.add_argument("--mark", default="quality", help="of the table in that document (default: quality)")
     parser.add_argument("--model", default=None, help="folder or hub name (default: examples/tiny)")
     parser.add_argument("--selectors", nargs="+", default=["quest", "full"])
     parser.add_argument("--rules", default="", help="only rules whose name matches this expression")
@@ -209,10 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # tensors of a step are small: threads wait for each other, and for whoever else runs
     loaded = load_model("tiny" if args.model is None else "hf", args.model)
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "update", "selectors", "rules")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("json", "update", "mark", "selectors", "rules")}
     head = {
         "settings": settings,
-        "device": str(loaded.model.device),
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": versions(),
     }
@@ -234,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(data)
     print(text)
     if args.update:
-        update(args.update, text)
+        update(args.update, text, args.mark)
     return 0
 
 

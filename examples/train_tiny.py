@@ -4,6 +4,9 @@ On one large GPU, in minutes, and as a smoke test on any CPU:
 
     python examples/train_tiny.py --out examples/tiny
     python examples/train_tiny.py --out smoke --minutes 0.2 --context 512 --batch-tokens 2048 --eval-prompts 1
+
+`--shape larger` trains one of 40 M parameters, with the heads of a Llama 3 (groups of 4, head dim 128), for measurements
+that the tiny one is too small for; it is not kept in the repository.
 """
 
 from __future__ import annotations
@@ -52,15 +55,22 @@ STAGES = (
 )
 
 
-def tiny_config() -> LlamaConfig:
+SHAPES = {
+    "tiny": {
+        "hidden_size": 384, "intermediate_size": 512, "num_hidden_layers": 7,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64,
+    },
+    "larger": {
+        "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 128,
+    },
+}  # fmt: skip
+
+
+def make_config(shape: str) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=384,
-        intermediate_size=512,
-        num_hidden_layers=7,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
+        **SHAPES[shape],
         max_position_embeddings=MAX_CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -181,7 +191,7 @@ class Loader:
 
 def build_model(args: argparse.Namespace, device: str) -> LlamaForCausalLM:
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(tiny_config()).to(device)
+    model = LlamaForCausalLM(make_config(args.shape)).to(device)
     for layer in model.model.layers:
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.data /= math.sqrt(2 * len(model.model.layers))
@@ -239,7 +249,7 @@ def train(model: LlamaForCausalLM, corpus: bytes, args: argparse.Namespace, devi
 
 def save(model: LlamaForCausalLM, out: Path) -> None:
     """Write a folder that transformers 4.57 and 5.x read alike, in bf16."""
-    bf16 = LlamaForCausalLM(tiny_config()).to(torch.bfloat16)
+    bf16 = LlamaForCausalLM(model.config).to(torch.bfloat16)
     bf16.load_state_dict(model.state_dict())
     bf16.save_pretrained(out)
     byte_tokenizer().save_pretrained(out)
@@ -309,6 +319,7 @@ def evaluate(out: Path, args: argparse.Namespace, device: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--minutes", type=float, default=7.0, help="time for training, compilation included")
     parser.add_argument("--context", type=int, default=MAX_CONTEXT, help="longest sequence, in bytes")
     parser.add_argument("--batch-tokens", type=int, default=65536)
