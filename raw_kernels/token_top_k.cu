@@ -326,6 +326,7 @@ __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const _
         const int at = __ffs(__ballot_sync(kFullMask, sum - mine < left && left <= sum)) - 1;
         bin = coarse * kFine + kFine - 1 - at, above = __shfl_sync(kFullMask, sum - mine, at), own = __shfl_sync(kFullMask, mine, at);
       }
+      __syncwarp();  // every lane has read s_result[3]
       if (lane == 0) s_result[0] = bin, s_result[1] = above, s_result[2] = own, s_result[3] = want;
     }
     __syncthreads();
