@@ -132,7 +132,7 @@ class LmEvalConfig:
     batch_size: int = MISSING
     max_length: int | None = None
     lengths: list[int] | None = None
-    gen_kwargs: dict[str, Any] | None = None
+    gen_kwargs: Any = None  # a mapping; were it typed as one, Hydra would take no key that is not there yet
     apply_chat_template: bool = MISSING
     seed: int = MISSING
     compare_dense: bool = MISSING
