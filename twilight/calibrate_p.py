@@ -161,7 +161,7 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
     def rows(p: float) -> list[dict[str, Any]]:
         if p not in results:
             job = expand_budget([*words, f"p={p}"])
-            (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"])
+            (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"], verb="run")
             config.update(runs.run_config(cfg))
             if config["p"] != p:
                 raise ValueError(f"pruner={config['pruner']['name']}: it has no p to calibrate")
