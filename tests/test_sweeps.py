@@ -143,6 +143,12 @@ def test_without_a_p_to_prune_by_p_is_no_part_of_a_run(toy):
         (["p=0.9"], r"toy/quest-top_p-p0\.9-b0\.25-[0-9a-f]{12}"),
         (["pruner=none", "budget=1024"], r"toy/quest-none-b1024-[0-9a-f]{12}"),
         (["budget=pyramid"], r"toy/quest-top_p-p0\.95-bpyramid_0\.25-[0-9a-f]{12}"),
+        (["selector.reduce=max"], r"toy/quest_reduce_max-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (["pruner=bounded_top_p", "pruner.tail=mean"], r"toy/quest-bounded_top_p_tail_mean-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (
+            ["selector=double_sparsity", f"selector.calibration={'a/' * 150}b"],
+            r"toy/double_sparsity_calibration[a_]{1,32}-top_p-p0\.95-b0\.25-[0-9a-f]{12}",
+        ),
         (["model=hf", "model.path=Qwen/Qwen3-0.6B"], r"toy/Qwen3_0\.6B-quest-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
     ],
 )
@@ -243,6 +249,17 @@ def test_a_summary_has_a_table_a_task_and_the_options_that_differ(toy, capfd, mo
     assert "seed" in told and "fail_at  " not in told and "seconds  " not in told
     assert rows.count(["streaming_llm", "top_p", "0.8", "0.25", "4", "14.4"]) == 2
     assert rows.count(["streaming_llm", "top_p", "0.7", "0.25", "3", "failed"]) == 2
+
+
+def test_selectors_that_differ_in_options_do_not_look_alike(toy, capfd):
+    words = ["selector=oracle_topp", "selector.mass=0.85", "selector.bits=2,4,null", "pruner=none"]
+    assert main(["sweep", "task=toy", *words]) == 0
+    told = capfd.readouterr().err
+    rows = [line for line in told.splitlines() if line.startswith("  oracle_topp")]
+    assert len(rows) == 3 and len({row[:40] for row in rows}) == 3
+    assert any("oracle_topp (mass=0.85 bits=2)" in row for row in rows)
+    names = {name.rpartition("-")[0] for name in results(toy)}
+    assert {"oracle_topp_mass_0.85_bits_2-none-b0.25", "oracle_topp_mass_0.85-none-b0.25"} < names and len(names) == 3
 
 
 @pytest.fixture
