@@ -133,6 +133,18 @@ def test_few_far_off_do_not_press_the_others_into_a_line(tmp_path, fake, draw):
     assert {point.value for point in found} <= values
 
 
+def test_one_far_better_does_not_either(tmp_path, fake):
+    metric = Metric("fidelity", "output_error", "error", False)
+    for index, value in enumerate([0.001, 0.1, 0.1, 0.1, *(0.1 + 0.01 * index for index in range(11))]):
+        row = {"context": 64, "output_error": value, "b1_group": 10 + index}
+        fake.write(tmp_path, fake.config("fidelity", f"s{index:02}", 0.9), [row])
+    (picture,), *_ = drawn(quality.against_tokens, merged(tmp_path).rows, metric)
+    panel = shown(picture)[0]
+    low, high = panel.get_ylim()
+    assert panel.get_yscale() == "log" and 0.02 < low < 0.1 and 0.2 < high < 0.4
+    assert [text.get_text() for text in panel.texts] == ["↓ s00 0.001"]
+
+
 def test_what_is_spread_or_few_keeps_its_scale(tmp_path, fake):
     crowd(tmp_path / "spread", fake, [0.4 + 0.04 * index for index in range(12)])
     crowd(tmp_path / "few", fake, [0.4, 0.41, 0.42, 0.9])

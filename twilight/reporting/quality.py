@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import style
@@ -178,55 +178,71 @@ def _scale(
 ) -> bool:
     """Choose the scale of quality; return whether some points lie beyond it.
 
-    What a few selectors lose is no reason to press the others into a line. Theirs is said in words, with an arrow where
-    each point would be: at `places` of the other axis.
+    How far off a few selectors are is no reason to press the others into a line. Theirs is said in words, with an arrow
+    where each point would be: at `places` of the other axis.
     """
-    from matplotlib.patheffects import withStroke
-
     values = [point.value for point in inside]
     if metric.column == "accuracy":
         panel.set_ylim(-0.03, 1.05)
         return False
-    if min(values) > 0 and max(values) > 20 * min(values):
+    wide = min(values) > 0 and max(values) > 20 * min(values)
+    if wide:
         panel.autoscale_view()
         style.plain_log(panel.yaxis)
+    ends = _ends(inside, math.log if wide else float) if _crowded(inside) else (None, None)
+    if ends == (None, None):
         return False
-    limit = _limit(inside, metric)
-    if limit is None:
-        return False
-    best = max(values) if metric.higher_is_better else min(values)
-    edge = limit + 0.3 * (limit - best)  # room for what is said
-    if metric.higher_is_better:
-        panel.set_ylim(edge, best + 0.1 * (best - edge))
-    else:
-        panel.set_ylim(best - 0.1 * (edge - best), edge)
-    beyond: dict[str, list[float]] = {}
-    arrow = 7 if metric.higher_is_better else 6  # carets whose tip is at the edge
-    for point, place in zip(inside, places, strict=True):
-        if metric.gain(point.value, edge) < 0:
-            beyond.setdefault(point.choice.name, []).append(point.value)
-            look = looks[point.choice.name]
-            panel.plot(place, edge, marker=arrow, color=look.colour, markersize=7, clip_on=False, linestyle="")
-    sign = "↓" if metric.higher_is_better else "↑"
-    said = [f"{sign} {_short(name)} {_range(found)}" for name, found in sorted(beyond.items())]
-    panel.text(
-        0.99, 0.05 if metric.higher_is_better else 0.95, "\n".join(said), transform=panel.transAxes, ha="right",
-        va="bottom" if metric.higher_is_better else "top", path_effects=[withStroke(linewidth=3, foreground="white")],
-    )  # fmt: skip
-    return bool(beyond)
+    low, high = (end if end is None or not wide else math.exp(end) for end in ends)
+    below, above = _padded(min(values) if low is None else low, max(values) if high is None else high, wide)
+    panel.set_ylim(below if low is None else low, above if high is None else high)
+    if wide:  # with ticks for what is left
+        style.plain_log(panel.yaxis)
+    for top, edge in ((False, low), (True, high)):
+        if edge is not None:
+            _beyond(panel, inside, metric, looks, places, edge, top)
+    return True
 
 
-def _limit(inside: Sequence[Point], metric: Metric) -> float | None:
-    """Return the worst value to be drawn in its place: the worst of all but a quarter of the selectors.
+def _ends(inside: Sequence[Point], scaled: Callable[[float], float]) -> tuple[float | None, float | None]:
+    """Return where the axis is to end below and above; None where it reaches as far as all points.
 
-    None if all are, since there are few selectors or the others are not twice as far from the best.
+    It ends a little beyond the farthest of all but a quarter of the selectors, if all are twice as far.
     """
-    if not _crowded(inside):
-        return None
-    sign = 1.0 if metric.higher_is_better else -1.0
-    worst = sorted((min(sign * point.value for point in group) for group in _by_name(inside).values()), reverse=True)
-    best, last = max(sign * point.value for point in inside), worst[-1 - len(worst) // 4]
-    return None if best - worst[-1] <= 2 * (best - last) else sign * last
+    groups = [[scaled(point.value) for point in group] for group in _by_name(inside).values()]
+    lowest, highest = sorted(map(min, groups)), sorted(map(max, groups))
+    most = highest[-1] - lowest[0]
+    low, high = lowest[len(groups) // 4], highest[-1 - len(groups) // 4]
+    down, up = highest[-1] - low, high - lowest[0]
+    return low - 0.3 * down if most > 2 * down else None, high + 0.3 * up if most > 2 * up else None
+
+
+def _padded(low: float, high: float, wide: bool) -> tuple[float, float]:
+    if wide:
+        return low * (low / high) ** 0.06, high * (high / low) ** 0.06
+    return low - 0.08 * (high - low), high + 0.08 * (high - low)
+
+
+def _beyond(
+    panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series], places: Sequence[float],
+    edge: float, top: bool,
+) -> None:  # fmt: skip
+    """Mark the points that lie above a panel's upper edge, or below its lower one."""
+    from matplotlib.patheffects import withStroke
+
+    found: dict[str, list[float]] = {}
+    for point, place in zip(inside, places, strict=True):
+        if point.value > edge if top else point.value < edge:
+            found.setdefault(point.choice.name, []).append(point.value)
+            look = {"color": looks[point.choice.name].colour, "marker": 6 if top else 7}  # its tip is at the edge
+            panel.plot(place, edge, **look, markersize=7, clip_on=False, linestyle="")
+    said = [f"{'↑' if top else '↓'} {_short(name)} {_range(values)}" for name, values in sorted(found.items())]
+    # Curves come from the worst on the left to the best on the right, and leave these corners.
+    right = top is not metric.higher_is_better
+    panel.text(
+        0.99 if right else 0.01, 0.95 if top else 0.05, "\n".join(said), transform=panel.transAxes,
+        ha="right" if right else "left", va="top" if top else "bottom",
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )  # fmt: skip
 
 
 def _range(values: Sequence[float]) -> str:
