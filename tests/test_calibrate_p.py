@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from twilight import running
 from twilight.calibrate_p import Search, drop, main, quality_of
 from twilight.cli import main as twilight
+from twilight.reporting import which_p
 
 
 def search(quality: Any, allowed: float, metric: str = "perplexity") -> Search:
@@ -84,6 +86,63 @@ def test_calibrate_p_writes_what_it_found(task, capsys):
     assert table[0.5]["drop"] == pytest.approx(math.exp(0.32) - 1)
     told = capsys.readouterr().out
     assert "p.json: p = 0.78 keeps perplexity within 0.05 of dense" in told
+
+
+def test_calibrate_p_draws_what_it_found(task, capsys):
+    pytest.importorskip("matplotlib", reason="needs the extra 'plots'")
+    assert twilight(["calibrate", "p", "--drop", "0.05", "--out", "found.json"]) == 0
+    assert Path("found.png").read_bytes().startswith(b"\x89PNG")
+    assert "found.png: " in capsys.readouterr().out
+    assert twilight(["calibrate", "p", "--drop", "0.05", "--plot", "which.svg"]) == 0
+    text = Path("which.svg").read_text()
+    assert "<svg" in text and not Path("p.png").exists()
+    for words, message in (
+        (["--plot", "p.gif"], "expected a name that ends in .png"),
+        (["--plot", "nowhere/p.png"], "no folder 'nowhere'"),
+    ):
+        ran = len(task)
+        assert twilight(["calibrate", "p", *words]) == 1
+        assert message in capsys.readouterr().err and len(task) == ran
+
+
+def test_the_picture_shows_the_drop_and_the_choice(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure", reason="needs the extra 'plots'")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+
+    def found(metric: str, qualities: dict[float, float], reference: float, allowed: float, p: float | None) -> Any:
+        rows = [
+            {"p": each, "quality": value, "drop": drop(metric, value, reference), "tokens": 100 * each,
+             "kv_fraction": 0.1}
+            for each, value in qualities.items()
+        ]  # fmt: skip
+        about = {"metric": metric, "against": "dense", "reference": reference, "allowed_drop": allowed, "p": p}
+        choices = {name: {"name": name, "value": 0.25} for name in ("selector", "budget", "model")}
+        return {**about, **choices, "measured": rows}
+
+    which_p.draw(found("perplexity", {0.5: 9.0, 0.8: 2.01, 1.0: 2.0}, 2.0, 0.01, 0.8), tmp_path / "a.png")
+    quality, tokens = drawn[0].axes
+    lines = {line.get_label(): line.get_ydata()[0] for line in quality.get_lines()}
+    assert lines["dense: 2"] == 2.0 and lines["allowed: 2.02"] == pytest.approx(2.02)
+    assert quality.get_ylim()[1] == pytest.approx(2.16) and [text.get_text() for text in quality.texts] == ["9"]
+    assert list(tokens.get_lines()[0].get_ydata()) == [50, 80, 100]
+    assert [text.get_text() for text in tokens.texts] == ["p = 0.8: 80 tokens, 10.0 % of the KV bytes"]
+    rings = [line.get_xydata()[0].tolist() for line in quality.get_lines() if line.get_markersize() == 14]
+    assert rings == [[0.8, 2.01]]
+    assert "p = 0.8 keeps perplexity within 1 % of dense" in drawn[0].get_suptitle()
+    which_p.draw(found("facts", {1.0: 0.5}, 1.0, 0.1, None), tmp_path / "b.png")
+    assert "No p keeps facts within 0.1 of dense" in drawn[1].get_suptitle()
+    assert drawn[1].axes[0].get_ylim() == (-0.03, 1.05)
+
+
+def test_without_matplotlib_the_answer_is_given_still(task, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name))
+    assert twilight(["calibrate", "p", "--drop", "0.05"]) == 0
+    assert "pip install 'twilight-attn[plots]'" in capsys.readouterr().out
+    ran = len(task)
+    assert twilight(["calibrate", "p", "--drop", "0.05", "--plot", "x.png"]) == 1
+    assert len(task) == ran and not Path("x.png").exists()
 
 
 def test_what_the_selector_loses_is_no_ps_fault(task, capsys):

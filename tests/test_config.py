@@ -146,6 +146,19 @@ def test_a_selector_that_went_is_no_choice_any_more(site):
         one("selector=typed")
 
 
+def test_a_mapping_can_be_given_to_the_harness(site):
+    words = ["task=lm_eval", "task.tasks=[gsm8k]"]
+
+    def given(*more: str) -> Any:
+        (cfg,) = check([*words, *more], multirun=False, config_name="run")
+        return cfg.task.gen_kwargs
+
+    assert given() is None
+    assert given("task.gen_kwargs={max_gen_toks: 64, until: [a, b]}") == {"max_gen_toks": 64, "until": ["a", "b"]}
+    assert given("+task.gen_kwargs.max_gen_toks=64") == {"max_gen_toks": 64}
+    assert given("task.gen_kwargs={a: 1}", "+task.gen_kwargs.b=2") == {"a": 1, "b": 2}
+
+
 # What is said when they become nothing.
 
 WRONG = [

@@ -91,3 +91,35 @@ def test_the_command_line_has_the_last_word(plan):
     made = plan("experiment=p_table", "p=0.9,0.99", "model.path=mine")
     assert {config["p"] for config in made} == {0.9, 0.99}
     assert {config["model"]["path"] for config in made} == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        (["experiment=p_table_tiny", "p=0.9", "task.context=512"], {"perplexity": 512, "speed": 512}),
+        (["experiment=table4_tiny", "task.context=512", "task.num_facts=2"], {"facts": 512, "perplexity": 512}),
+        (["experiment=p_table_tiny", "p=0.9", "task=perplexity"], {"perplexity": 4096}),
+    ],
+)
+def test_options_of_a_task_that_the_preset_chooses(plan, words, options):
+    made = plan(*words)
+    assert {config["task"]["name"]: config["task"]["context"] for config in made} == options
+    assert {config["task"]["num_facts"] for config in made if config["task"]["name"] == "facts"} <= {2}
+
+
+def test_a_preset_in_small_by_its_tasks_limit(plan):
+    made = plan("experiment=table4", "task.limit=10", "model=tiny", "model.path=null")
+    assert {config["task"]["name"]: config["task"].get("limit") for config in made} == {
+        "lm_eval": 10, "perplexity": None
+    }  # fmt: skip
+
+
+def test_an_option_that_no_task_of_the_preset_has(plan, capfd):
+    assert main(["sweep", "experiment=table4_tiny", "task.batch=2"]) == 2
+    assert "no option 'task.batch' with task=facts or task=perplexity" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["p_table_tiny", "table2", "precision_tiny"])
+def test_a_preset_is_no_run(plan, capfd, name):
+    assert main(["run", f"experiment={name}"]) == 2
+    assert f"twilight sweep experiment={name}" in capfd.readouterr().err

@@ -52,3 +52,12 @@ def test_files_that_the_readme_points_to_exist():
     assert targets
     missing = [target for target in targets if not (ROOT / target).exists()]
     assert not missing
+
+
+def test_the_committed_report_is_what_its_readme_says():
+    folder = ROOT / "docs" / "sweep-tiny"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    (twilight report .*)$", text, flags=re.M)
+    assert f"<pre>{command}</pre>" in (folder / "index.html").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\((\S+\.png)\)", text))
+    assert shown == {path.name for path in folder.glob("*.png")}

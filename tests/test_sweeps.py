@@ -21,7 +21,7 @@ from twilight import runs
 from twilight.cli import main
 from twilight.composing import Composer
 from twilight.config import CONFIG_NAMES
-from twilight.overrides import check, defer_options, expand_budget
+from twilight.overrides import check, expand_budget
 from twilight.running import gpu_of_worker
 from twilight.sweeper import ResumingSweeper
 from twilight.tasks import TASKS
@@ -143,6 +143,12 @@ def test_without_a_p_to_prune_by_p_is_no_part_of_a_run(toy):
         (["p=0.9"], r"toy/quest-top_p-p0\.9-b0\.25-[0-9a-f]{12}"),
         (["pruner=none", "budget=1024"], r"toy/quest-none-b1024-[0-9a-f]{12}"),
         (["budget=pyramid"], r"toy/quest-top_p-p0\.95-bpyramid_0\.25-[0-9a-f]{12}"),
+        (["selector.reduce=max"], r"toy/quest_reduce_max-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (["pruner=bounded_top_p", "pruner.tail=mean"], r"toy/quest-bounded_top_p_tail_mean-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (
+            ["selector=double_sparsity", f"selector.calibration={'a/' * 150}b"],
+            r"toy/double_sparsity_calibration[a_]{1,32}-top_p-p0\.95-b0\.25-[0-9a-f]{12}",
+        ),
         (["model=hf", "model.path=Qwen/Qwen3-0.6B"], r"toy/Qwen3_0\.6B-quest-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
     ],
 )
@@ -245,19 +251,162 @@ def test_a_summary_has_a_table_a_task_and_the_options_that_differ(toy, capfd, mo
     assert rows.count(["streaming_llm", "top_p", "0.7", "0.25", "3", "failed"]) == 2
 
 
-def test_options_of_a_task_that_is_swept_need_not_be_lists():
-    words = [
-        "task=facts,fidelity",
-        "task.context=512",
-        "task.depths=[0,1]",
-        "selector.x=${p}",
-        "task.seed=1,2",
+def test_selectors_that_differ_in_options_do_not_look_alike(toy, capfd):
+    words = ["selector=oracle_topp", "selector.mass=0.85", "selector.bits=2,4,null", "pruner=none"]
+    assert main(["sweep", "task=toy", *words]) == 0
+    told = capfd.readouterr().err
+    rows = [line for line in told.splitlines() if line.startswith("  oracle_topp")]
+    assert len(rows) == 3 and len({row[:40] for row in rows}) == 3
+    assert any("oracle_topp (mass=0.85 bits=2)" in row for row in rows)
+    names = {name.rpartition("-")[0] for name in results(toy)}
+    assert {"oracle_topp_mass_0.85_bits_2-none-b0.25", "oracle_topp_mass_0.85-none-b0.25"} < names and len(names) == 3
+
+
+@pytest.fixture
+def plan(site, tmp_path, monkeypatch, capfd) -> Any:
+    """Makes the configurations of a sweep, and runs none."""
+    monkeypatch.chdir(tmp_path)
+
+    def made(*words: str, status: int = 1) -> list[dict[str, Any]]:
+        seen: list[Any] = []
+        monkeypatch.setattr(ResumingSweeper, "jobs", lambda self, todo: seen.extend(todo) or [])
+        assert main(["sweep", *words]) == status, capfd.readouterr().err  # 1: nothing was run
+        return [each.config for each in seen]
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("task.haystack=null", None),
+        ("task.haystack='~/x'", "~/x"),
+        ('task.haystack="it\'s"', "it's"),
+        ("task.haystack=a\\,b", "a,b"),
+        ("task.kinds=[planted,vt]", ["planted", "vt"]),
+        ("task.data={qa_1: null, qa_2: 'a b'}", {"qa_1": None, "qa_2": "a b"}),
+        ("model.path=null", None),
+        ("model.path='${p}'", "0.8"),
+    ],
+)
+def test_values_are_what_hydra_takes_them_for(plan, word, value):
+    group, option = word.partition("=")[0].split(".")
+    for words in (["task=facts"], ["task=facts", "p=0.8,0.9"], ["task=facts,perplexity", "model=tiny,hf", "p=0.8"]):
+        if word == "model.path='${p}'" and "p=0.8,0.9" not in words and "p=0.8" not in words:
+            continue
+        made = plan(*words, word)
+        values = [each[group][option] for each in made if option in each[group]]
+        assert values and value in values
+
+
+def test_an_option_of_a_task_is_for_the_jobs_whose_task_has_it(plan, capfd):
+    made = plan("task=facts,fidelity,perplexity", "task.context=512", "task.num_facts=2,3", "task.positions=9", "p=0.9")
+    found = [
+        (task["name"], task["context"], task.get("num_facts"), task.get("positions"))
+        for task in (each["task"] for each in made)
     ]
-    assert defer_options(words) == [
-        "task=facts,fidelity", "task.context=choice(512)", "task.depths=choice([0,1])", "selector.x=${p}",
-        "task.seed=1,2",
+    assert found == [
+        ("facts", 512, 2, None), ("facts", 512, 3, None), ("fidelity", 512, None, None), ("perplexity", 512, None, 9)
     ]  # fmt: skip
-    assert main(["sweep", "task=facts,toys", "task.context=512"]) == 2
+    capfd.readouterr()
+    plan("task=facts,fidelity", "task.num_fact=2", status=2)
+    told = capfd.readouterr().err
+    assert "no option 'task.num_fact' with task=facts or task=fidelity. Did you mean 'task.num_facts'?" in told
+    assert "task.steps" in told and "(twilight sweep --help)" in told
+    plan("task=facts,toys", "task.context=512", status=2)
+
+
+@pytest.fixture
+def mine(tmp_path) -> Any:
+    """Writes an experiment; returns the words that choose it."""
+
+    def write(text: str) -> list[str]:
+        folder = tmp_path / "mine" / "experiment"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "parts.yaml").write_text(f"# @package _global_\n{text}")
+        return ["--config-dir", str(tmp_path / "mine"), "experiment=parts"]
+
+    return write
+
+
+def test_yaml_values_of_an_experiment_are_taken_as_yaml_means_them(plan, mine):
+    words = mine(
+        "defaults: [override /task: facts]\nhydra:\n  sweeper:\n"
+        "    params: {task.haystack: null, task.kinds: [planted, 'v,t'], task.compare_dense: false, p: 0.9}\n"
+        "    arms: [{task.data: {qa_1: null, qa_2: \"it's\"}, task.context: '512,1024'}]\n"
+    )
+    made = plan(*words)
+    assert [each["task"]["context"] for each in made] == [512, 1024]
+    for each in made:
+        assert each["task"]["haystack"] is None and each["task"]["compare_dense"] is False
+        assert each["task"]["kinds"] == ["planted", "v,t"]
+        assert each["task"]["data"] == {"qa_1": None, "qa_2": "it's"}
+
+
+def test_a_wrong_option_in_an_experiment_is_an_error(plan, mine, capfd):
+    words = mine("hydra: {sweeper: {arms: [{task: perplexity, task.contxt: 512}, {task: facts}]}}\n")
+    plan(*words, status=2)
+    assert "no option 'task.contxt' with task=perplexity. Did you mean 'task.context'?" in capfd.readouterr().err
+
+
+def test_a_choice_of_arms_is_a_choice_among_arms(plan, mine):
+    words = mine(
+        "hydra:\n  sweeper:\n    params: {p: '0.8,0.9'}\n    arms:\n"
+        "      - {task: perplexity, task.context: 4096, selector: 'quest,full'}\n"
+        "      - {task: speed, task.context: 1024, task.batch: '1,2', selector: quest}\n"
+    )
+
+    def made(*more: str) -> list[tuple[Any, ...]]:
+        tasks = ((each["task"], each["selector"]["name"]) for each in plan(*words, "p=0.9", *more))
+        return [(task["name"], task["context"], task.get("batch"), selector) for task, selector in tasks]
+
+    assert made("task=perplexity") == [("perplexity", 4096, None, "quest"), ("perplexity", 4096, None, "full")]
+    assert made("selector=full") == [("perplexity", 4096, None, "full")]
+    assert made("task=speed", "task.context=512") == [("speed", 512, 1, "quest"), ("speed", 512, 2, "quest")]
+    # What no arm chooses replaces what they choose; of their options it takes those that it has.
+    assert set(made("task=facts")) == {
+        ("facts", 4096, None, "quest"), ("facts", 4096, None, "full"), ("facts", 1024, None, "quest")
+    }  # fmt: skip
+
+
+def test_flags_may_stand_anywhere(plan, mine, tmp_path, capfd):
+    config_dir, folder, experiment = mine("hydra: {sweeper: {params: {task: facts, p: '0.8,0.9'}}}\n")
+    first = plan(experiment, config_dir, folder, "task.context=512", "--out", "o2")
+    assert len(first) == 2 and first == plan("task.context=512", "--out", "o2", config_dir, folder, experiment)
+    plan("task=facts", "--config-dir", "nowhere", "p=0.9", status=2)
+    assert "--config-dir: no folder 'nowhere'" in capfd.readouterr().err
+    with pytest.raises(SystemExit):  # argparse's way
+        main(["sweep", "task=facts", "--wat"])
+    assert "twilight sweep: error: " in capfd.readouterr().err
+
+
+def test_the_configuration_of_a_sweep_can_be_looked_at(site, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "experiment=table4_tiny", "task.num_facts=3", "--cfg", "job"]) == 0
+    told = capfd.readouterr()
+    assert "num_facts: 3" in told.out and "context: 2048" in told.out
+    assert "task=facts" in told.err
+    assert main(["run", "experiment=table4_tiny", "--cfg", "job"]) == 0
+    assert list(tmp_path.glob("*")) == [tmp_path / "site"]
+
+
+def test_run_does_not_take_a_sweep_for_a_run(toy, mine, capfd):
+    lists = mine("defaults: [override /task: toy]\nhydra: {sweeper: {params: {p: '0.8,0.9'}}}\n")
+    assert main(["run", *lists, "task.seed=1"]) == 2
+    assert "  twilight sweep experiment=parts task.seed=1\n" in capfd.readouterr().err
+    assert ran(toy) == []
+    assert main(["run", *mine("defaults: [override /task: toy]\np: 0.8\n")]) == 0
+    assert ran(toy) == ["quest 0.8"]
+    assert main(["run", "task=toy", "p=0.8,0.9"]) == 2
+    assert "twilight sweep" in capfd.readouterr().err
+
+
+def test_folders_of_runs_have_no_other_names(toy, capfd):
+    assert main(["sweep", "task=toy", "hydra.sweep.subdir=x"]) == 2
+    assert "hydra.sweep.subdir=x: " in capfd.readouterr().err
+    assert main(["sweep", "experiment=table2_tiny,table3_tiny"]) == 2
+    assert "one at a time" in capfd.readouterr().err
+    assert ran(toy) == []
 
 
 @pytest.mark.parametrize(
@@ -269,18 +418,17 @@ def test_options_of_a_task_that_is_swept_need_not_be_lists():
         ["pruner=bounded_top_p", "pruner.tail=page_mean", "p=0.5", "selector=oracle_topk"],
     ],
 )
-def test_a_job_is_composed_as_hydra_composes_it(job):
+def test_a_job_is_composed_as_hydra_composes_it(job, site, monkeypatch):
     seen = []
 
-    class Compare(ResumingSweeper):
-        def sweep(self, arguments):
-            composer = Composer(self.context.config_loader, self.config)
-            for words in (job, [*job, "p=0.6"]):  # the second from what the first has read
-                seen.append((composer.compose(words), self.context.config_loader.load_sweep_config(self.config, words)))
+    def compare(self, arguments):
+        composer = Composer(self.context.config_loader, self.config)
+        for words in (job, [*job, "p=0.6"]):  # the second from what the first has read
+            seen.append((composer.compose(words), self.context.config_loader.load_sweep_config(self.config, words)))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("twilight.sweeper.ResumingSweeper", Compare)
-        assert main(["sweep", "task=facts,perplexity"]) == 0
+    monkeypatch.setattr(ResumingSweeper, "sweep", compare)
+    assert main(["sweep", "task=facts,perplexity"]) == 0
+    assert len(seen) == 2
     for got, want in seen:
         del got.hydra, want.hydra
         assert OmegaConf.to_container(got) == OmegaConf.to_container(want)

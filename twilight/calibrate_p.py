@@ -14,6 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twilight.errors import MissingExtraError
+from twilight.reporting import style, which_p
+
 METRICS = ("perplexity", "facts")
 LOWEST, HIGHEST = 50, 100
 """Of p, in hundredths: below one half a head may keep a single token."""
@@ -112,6 +115,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--against", choices=["dense", "unpruned"], default="dense", help="what to compare with")
     parser.add_argument("--out", help="JSON file to write; p.json in the current folder by default")
+    parser.add_argument("--plot", help="picture to write, .png, .svg or .pdf; by default that of --out with .png")
     parser.add_argument("overrides", nargs="*", help="options of `twilight run`")
     args = parser.parse_intermixed_args(argv)
     if not 0 <= args.drop < math.inf:
@@ -120,14 +124,28 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--text: --metric {args.metric} makes its own text")
     if args.text is not None and not Path(args.text).is_file():
         raise FileNotFoundError(f"--text: no file '{args.text}'")
+    out = Path(args.out or "p.json")
+    plot = Path(args.plot or out.with_suffix(".png"))
+    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot: expected a name that ends in .png, .svg or .pdf, got '{plot}'")
+    for path in (out, plot):
+        if not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"no folder '{path.parent}' for {path.name}")
+    if args.plot:
+        style.check_matplotlib("plots", "--plot")
     words = [f"task={args.metric}", f"selector={args.selector}", *args.overrides]
     if args.model != "tiny":
         words += ["model=hf", f"model.path='{args.model}'"]
     if args.text is not None:
         words.append(f"task.text='{args.text}'")
     found = calibrate(words, metric=args.metric, allowed=args.drop, against=args.against)
-    out = Path(args.out or "p.json")
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    try:
+        style.check_matplotlib("plots", "a picture of it")
+        which_p.draw(found, plot)
+        print(f"{plot}: quality and tokens kept against p")
+    except MissingExtraError as error:
+        print(f"note: {error}")
     best = found["p"]
     if best is None:
         lost = found["measured"][-1]["drop"]
@@ -161,7 +179,7 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
     def rows(p: float) -> list[dict[str, Any]]:
         if p not in results:
             job = expand_budget([*words, f"p={p}"])
-            (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"])
+            (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"], verb="run")
             config.update(runs.run_config(cfg))
             if config["p"] != p:
                 raise ValueError(f"pruner={config['pruner']['name']}: it has no p to calibrate")

@@ -60,7 +60,7 @@ def _run(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    return _hydra("run", [*words, "--multirun"])
+    return _hydra("sweep", [*words, "--multirun"])
 
 
 def _hydra(verb: str, words: list[str]) -> int:
@@ -73,23 +73,36 @@ def _hydra(verb: str, words: list[str]) -> int:
         words = overrides.expand_budget(_expand_json(words) if verb == "decode" else _expand_out(words))
         parser = get_args_parser()
         parser.prog = f"twilight {verb}"
-        args = parser.parse_args(words)
+        args = parser.parse_intermixed_args(words)
         if args.experimental_rerun is not None:
             raise ValueError("--experimental-rerun: it unpickles a file, which twilight does not do")
+        if args.config_dir and not os.path.isdir(args.config_dir):
+            raise FileNotFoundError(f"--config-dir: no folder '{args.config_dir}'")
         folders = [os.path.abspath(args.config_dir)] if args.config_dir else []
         config.setup()
-        sweeper.register()
+        sweeper.register(args.overrides)
+        given = args.overrides
         if not (args.hydra_help or args.shell_completion or args.config_path):
             sweeper.check_launcher(args.overrides)
             if verb == "decode" and any(word.startswith("experiment=") for word in args.overrides):
                 raise ValueError("experiment: it is for measuring, as in twilight sweep experiment=p_table_tiny")
-            composed = overrides.check(
-                args.overrides, multirun=args.multirun, config_name=args.config_name or name, folders=folders
+            shown = args.cfg is not None or args.info is not None or args.help
+            checked = overrides.examine(
+                args.overrides,
+                multirun=args.multirun,
+                config_name=args.config_name or name,
+                folders=folders,
+                verb=verb,
+                shown=shown,
             )
-            _check_outputs(composed)
-            if args.multirun and verb == "run":
-                named = set(args.overrides)
-                words = [*(word for word in words if word not in named), *overrides.defer_options(args.overrides)]
+            _check_outputs(checked.configs)
+            given = checked.settled
+            if args.multirun and shown and not args.help:  # one configuration, and Hydra shows none of a sweep
+                args.multirun = False
+                given = [*(word for word in args.overrides if word.startswith("hydra")), *checked.jobs[0]]
+                print(f"of {' '.join(checked.jobs[0]) or 'the only run'}:", file=sys.stderr)
+        # Hydra wants its flags before, or behind, all overrides.
+        words = [*_flags(parser, args), *given]
     except _EXPECTED as error:
         return _report(error, USAGE)
     if verb == "decode":
@@ -97,6 +110,16 @@ def _hydra(verb: str, words: list[str]) -> int:
     from twilight import running
 
     return _run_hydra(verb, words, running.job)
+
+
+def _flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """Return the flags that were read, as they are written."""
+    flags = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None) if action.option_strings else None
+        if value is not None and value != action.default:
+            flags.append(action.option_strings[0] + ("" if value is True else f"={value}"))
+    return flags
 
 
 def _run_decode(words: list[str]) -> int:

@@ -34,12 +34,18 @@ class Composer:
         if any(not self._is_choice(self._parsed[word]) for word in others):
             # What adds or takes away may have to come after a value.
             return self.loader.load_sweep_config(self.master, list(words))
-        base = self._bases.get(tuple(others))
-        if base is None:
-            base = self._bases[tuple(others)] = self.loader.load_sweep_config(self.master, others)
-        cfg = copy.deepcopy(base)
+        cfg = copy.deepcopy(self._base(others))
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         return cfg
+
+    def base(self, words: Sequence[str]) -> DictConfig:
+        """Return the configuration that the choices among the words make by themselves; not to be changed."""
+        return self._base([word for word in words if self._is_choice(self._parse(word))])
+
+    def _base(self, choices: Sequence[str]) -> DictConfig:
+        if tuple(choices) not in self._bases:
+            self._bases[tuple(choices)] = self.loader.load_sweep_config(self.master, list(choices))
+        return self._bases[tuple(choices)]
 
     def _parse(self, word: str) -> Override:
         if word not in self._parsed:

@@ -22,7 +22,7 @@ from twilight.registry import provider_name, registry
 from twilight.selector import Selector
 
 CONFIG_NAME = "config"
-CONFIG_NAMES = {"decode": CONFIG_NAME, "run": "run"}
+CONFIG_NAMES = {"decode": CONFIG_NAME, "run": "run", "sweep": "run"}
 """The primary configuration of each verb that Hydra serves."""
 PROVIDER = "twilight-attn"
 
@@ -132,7 +132,7 @@ class LmEvalConfig:
     batch_size: int = MISSING
     max_length: int | None = None
     lengths: list[int] | None = None
-    gen_kwargs: dict[str, Any] | None = None
+    gen_kwargs: Any = None  # a mapping; were it typed as one, Hydra would take no key that is not there yet
     apply_chat_template: bool = MISSING
     seed: int = MISSING
     compare_dense: bool = MISSING
@@ -241,22 +241,22 @@ def build_selector(cfg: DictConfig) -> Selector:
     return registry().create_selector(name, **parameters.from_config(cls, values))
 
 
-def build_pruner(cfg: DictConfig) -> Pruner:
+def build_pruner(cfg: DictConfig, *, see: str = "twilight decode --help") -> Pruner:
     """Return the pruner that ``cfg.pruner`` describes."""
     values = _values(cfg, "pruner")
     name = values.pop("name")
     if name not in PRUNERS:
-        raise unknown_name("pruner", name, list(PRUNERS), see="twilight decode --help")
-    return parameters.create(PRUNERS[name], f"pruner '{name}'", values, see="twilight decode --help")
+        raise unknown_name("pruner", name, list(PRUNERS), see=see)
+    return parameters.create(PRUNERS[name], f"pruner '{name}'", values, see=see)
 
 
-def build_budget(cfg: DictConfig) -> UniformBudget:
+def build_budget(cfg: DictConfig, *, see: str = "twilight decode --help") -> UniformBudget:
     """Return the policy that ``cfg.budget`` describes."""
     values = _values(cfg, "budget")
     name = values.pop("name")
     if name not in POLICIES:
-        raise unknown_name("budget", name, list(POLICIES), see="twilight decode --help")
-    return parameters.create(POLICIES[name], f"budget '{name}'", values, see="twilight decode --help")
+        raise unknown_name("budget", name, list(POLICIES), see=see)
+    return parameters.create(POLICIES[name], f"budget '{name}'", values, see=see)
 
 
 def _values(cfg: DictConfig, group: str) -> dict[str, Any]:

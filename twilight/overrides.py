@@ -6,7 +6,10 @@ Hydra itself says neither what was probably meant nor, in a sweep, that the last
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -18,11 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twilight import config, resources, runs
+from twilight import arms, config, resources
+from twilight.composing import Composer
 from twilight.errors import TwilightError, UnknownNameError, did_you_mean, unknown_name
 from twilight.registry import registry
-
-_HELP = "twilight decode --help"
 
 
 class OverrideError(TwilightError, ValueError):
@@ -44,27 +46,36 @@ def expand_budget(words: Sequence[str]) -> list[str]:
     return expanded
 
 
-def defer_options(words: Sequence[str]) -> list[str]:
-    """Spell ``task.context=512`` as a list of one value, for a sweep.
+@dataclass
+class Checked:
+    """A command line that configurations can be made of.
 
-    Hydra composes a configuration of what is not a list before it makes jobs. In it, ``task=facts,fidelity`` has not
-    been chosen yet, and an option of theirs is none.
+    Attributes:
+        jobs: overrides of jobs that together have each value of each list at least once.
+        configs: the configuration of each.
+        settled: the command line's words without options of what is chosen job by job. Hydra composes a configuration
+            before it makes jobs, in which an option of ``task=facts,fidelity`` is none.
     """
-    parser = OverridesParser.create()
-    deferred = []
-    for word in words:
-        key, _, value = word.partition("=")
-        group, _, option = key.partition(".")
-        plain = group in runs.GROUPS and option and value and "${" not in value
-        if plain and not parser.parse_override(word).is_sweep_override():
-            word = f"{key}=choice({value})"
-        deferred.append(word)
-    return deferred
+
+    jobs: list[list[str]]
+    configs: list[DictConfig]
+    settled: list[str]
 
 
-def check(
-    words: Sequence[str], *, multirun: bool, config_name: str | None = None, folders: Sequence[str] = ()
-) -> list[DictConfig]:
+def check(words: Sequence[str], **options: Any) -> list[DictConfig]:
+    """Return the configurations that `examine` composes."""
+    return examine(words, **options).configs
+
+
+def examine(
+    words: Sequence[str],
+    *,
+    multirun: bool,
+    config_name: str | None = None,
+    folders: Sequence[str] = (),
+    verb: str = "decode",
+    shown: bool = False,
+) -> Checked:
     """Compose what the overrides ask for, in a sweep each value once, and build the objects that it names.
 
     Args:
@@ -72,9 +83,8 @@ def check(
         multirun: whether lists are sweeps.
         config_name: another primary config than ours.
         folders: config folders that the user adds.
-
-    Returns:
-        The configurations that were composed.
+        verb: what to name in hints.
+        shown: whether the configuration is to be looked at, not to be run.
 
     Raises:
         UnknownNameError: a group's choice or a key that is not there.
@@ -84,80 +94,151 @@ def check(
     config.setup()
     directory = str(resources.folder("conf"))
     with config.search_path(folders), initialize_config_dir(directory, version_base="1.3", job_name="decode"):
-        overrides = _parse(words)
-        if not multirun and not any(override.key_or_group == "hydra.mode" for override in overrides):
+        examiner = _Examiner(config_name or config.CONFIG_NAME, f"twilight {verb} --help")
+        overrides = examiner.parse(words)
+        multirun = multirun or any(each.input_line == "hydra.mode=MULTIRUN" for each in overrides)
+        if not multirun:
             for override in overrides:
                 if override.is_sweep_override():
-                    raise OverrideError(f"{override.input_line}: a list is a sweep; add -m to run each value")
+                    again = "add -m to run each value" if verb == "decode" else "twilight sweep runs each value"
+                    raise OverrideError(f"{override.input_line}: a list is a sweep; {again}")
         for override in overrides:
-            _check_choice(override)
-        return [_compose(job, overrides, config_name or config.CONFIG_NAME) for job in _jobs(overrides)]
+            examiner.check_choice(override)
+        master = examiner.master(overrides)
+        lists = arms.lists(master)
+        if multirun and lists is not None:
+            assert master is not None
+            return examiner.sweep(master, overrides, *lists)
+        if not multirun and not shown and lists and any(lists):
+            said = next((word for word in words if word.startswith("experiment=")), "hydra.sweeper")
+            raise OverrideError(f"{said}: a sweep, with lists of its own\n  twilight sweep {shlex.join(words)}")
+        jobs = list(_jobs(overrides))
+        return Checked(jobs, [examiner.compose(job) for job in jobs], list(words))
 
 
-def _parse(words: Sequence[str]) -> list[Override]:
-    try:
-        return OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(list(words))
-    except HydraException as error:
-        lines = str(error).splitlines()
-        raise OverrideError(f"{lines[0]}\n  expected option=value, group=choice or a flag  ({_HELP})") from error
+@dataclass
+class _Examiner:
+    """What composes and complains.
 
+    Attributes:
+        config_name: the primary configuration.
+        help: the command that lists what there is.
+    """
 
-def _check_choice(override: Override) -> None:
-    group = override.key_or_group
-    if override.is_delete() or override.package is not None or group not in _groups():
-        return
-    options = _options(group)
-    for choice in _values(override):
-        if choice not in options and choice != "null":
-            if group == "selector":
-                raise registry().unknown_selector(choice)
-            raise unknown_name(group, choice, options, see=_HELP)
+    config_name: str
+    help: str
 
+    def parse(self, words: Sequence[str]) -> list[Override]:
+        loader = GlobalHydra.instance().config_loader()
+        try:
+            return OverridesParser.create(config_loader=loader).parse_overrides(list(words))
+        except HydraException as error:
+            said = str(error).partition("\n")[0]
+            raise OverrideError(f"{said}\n  expected option=value, group=choice or a flag  ({self.help})") from error
 
-def _compose(job: list[str], overrides: list[Override], config_name: str) -> DictConfig:
-    try:
-        cfg = compose(config_name, job)
-        config.build_selector(cfg)
-        config.build_pruner(cfg)
-        config.build_budget(cfg)
-        return cfg
-    except OmegaConfBaseException as error:
-        raise OverrideError(_reason(error)) from error
-    except yaml.YAMLError as error:
-        where = " ".join(str(getattr(error, "problem_mark", None) or "").split())
-        raise OverrideError(f"a config file is no YAML: {getattr(error, 'problem', error)} {where}") from error
-    except HydraException as error:
-        missing = str(getattr(error, "missing_cfg_file", ""))
-        if missing.startswith("selector/"):  # the default's plugin may be disabled or broken
-            raise registry().unknown_selector(missing.removeprefix("selector/")) from error
-        _check_keys(job, overrides, config_name)
-        raise OverrideError(_reason(error)) from error
+    def check_choice(self, override: Override) -> None:
+        group = override.key_or_group
+        if override.is_delete() or override.package is not None or group not in _groups():
+            return
+        options = _options(group)
+        for choice in _values(override):
+            if choice not in options and choice != "null":
+                if group == "selector":
+                    raise registry().unknown_selector(choice)
+                raise unknown_name(group, choice, options, see=self.help)
 
+    def master(self, overrides: Sequence[Override]) -> DictConfig | None:
+        """Compose what says how jobs are made, with Hydra's own part; None if that fails, which a job will explain."""
+        for each in overrides:
+            if each.key_or_group == "experiment" and each.is_sweep_override():
+                raise OverrideError(f"{each.input_line}: an experiment is a sweep of its own, so give one at a time")
+        choices = [each for each in overrides if each.key_or_group in _groups() or each.is_hydra_override()]
+        words = [str(each.input_line) for each in choices if not each.is_sweep_override()]
+        try:
+            return compose(self.config_name, words, return_hydra_config=True)
+        except (OmegaConfBaseException, HydraException, yaml.YAMLError):
+            return None
 
-def _check_keys(job: list[str], overrides: list[Override], config_name: str) -> None:
-    """Raise if an override names a key that is not in the configuration that the job's choices make."""
-    groups = [word for word, override in zip(job, overrides, strict=True) if override.key_or_group in _groups()]
-    try:
-        keys = list(_keys(compose(config_name, groups)))
-    except HydraException:  # then no key is to blame
-        return
-    for override in overrides:
-        key = override.key_or_group
-        if override.is_add() or override.is_force_add() or key in _groups() or key in keys or key.startswith("hydra"):
-            continue
+    def sweep(
+        self, master: DictConfig, given: list[Override], params: dict[str, Any], more: list[dict[str, Any]]
+    ) -> Checked:
+        """Check what our own sweeper makes jobs of, which leaves options out of those whose task has none such."""
+        composer = Composer(GlobalHydra.instance().config_loader(), master)
+        unsettled = arms.unsettled(given, params, more)
+        options = [each for each in given if arms.is_option(each, any_type=True)]
+        withheld = [each for each in options if arms.group(each) in unsettled]
+        checked = Checked([], [], [str(each.input_line) for each in given if each not in withheld])
+        bases: dict[int, DictConfig] = {}
+        for part in arms.parts(given, params, more, self.parse):
+            for job in _jobs(part.overrides):
+                base = self._composed(composer.base, job, build=False)
+                bases[id(base)] = base
+                words = part.fitting(job, base)
+                if words not in checked.jobs:
+                    checked.jobs.append(words)
+                    checked.configs.append(self._composed(composer.compose, words))
+        for each in given:
+            if arms.is_option(each) and not any(arms.has_option(base, each) for base in bases.values()):
+                raise self._no_option(each.key_or_group, list(bases.values()))
+        return checked
+
+    def compose(self, job: list[str]) -> DictConfig:
+        return self._composed(lambda words: compose(self.config_name, words), job)
+
+    def _composed(self, make: Callable[[list[str]], DictConfig], job: list[str], *, build: bool = True) -> DictConfig:
+        try:
+            cfg = make(job)
+            if build:
+                config.build_selector(cfg)
+                config.build_pruner(cfg, see=self.help)
+                config.build_budget(cfg, see=self.help)
+            return cfg
+        except OmegaConfBaseException as error:
+            raise OverrideError(_reason(error)) from error
+        except yaml.YAMLError as error:
+            where = " ".join(str(getattr(error, "problem_mark", None) or "").split())
+            raise OverrideError(f"a config file is no YAML: {getattr(error, 'problem', error)} {where}") from error
+        except HydraException as error:
+            missing = str(getattr(error, "missing_cfg_file", ""))
+            if missing.startswith("selector/"):  # the default's plugin may be disabled or broken
+                raise registry().unknown_selector(missing.removeprefix("selector/")) from error
+            self._check_keys(job)
+            raise OverrideError(_reason(error)) from error
+
+    def _check_keys(self, job: list[str]) -> None:
+        """Raise if an override names a key that is not in the configuration that the job's choices make."""
+        overrides = self.parse(job)
+        words = [word for word, override in zip(job, overrides, strict=True) if override.key_or_group in _groups()]
+        try:
+            base = compose(self.config_name, words)
+        except HydraException:  # then no key is to blame
+            return
+        keys = set(_keys(base))
+        for override in overrides:
+            key = override.key_or_group
+            if override.is_add() or override.is_force_add() or key in _groups() or key.startswith("hydra"):
+                continue
+            if key not in keys:
+                raise self._no_option(key, [base], words)
+
+    def _no_option(self, key: str, bases: Sequence[DictConfig], words: Sequence[str] | None = None) -> UnknownNameError:
+        """Return the error for a key that none of the configurations has, which words have made, or lists."""
+        keys = list(dict.fromkeys(known for base in bases for known in _keys(base)))
         parent, _, leaf = key.rpartition(".")
         siblings = [known for known in keys if known.rpartition(".")[0] == parent] if parent else []
         if siblings:
-            chosen = next((word for word in groups if word.startswith(f"{parent}=")), "")
+            if words is None:
+                words = [f"{parent}={OmegaConf.select(base, f'{parent}.name')}" for base in bases]
+            chosen = " or ".join(dict.fromkeys(word for word in words if word.startswith(f"{parent}=")))
             near = did_you_mean(leaf, [known.rpartition(".")[2] for known in siblings])
             hint = near.replace("'", f"'{parent}.", 1)
         else:
             siblings, chosen = [*(known for known in keys if "." not in known), *_groups()], ""
             elsewhere = [known for known in keys if known.endswith(f".{key}")]
             hint = f" Did you mean '{elsewhere[0]}'?" if elsewhere else did_you_mean(key, [*keys, *_groups()])
-        raise UnknownNameError(
+        return UnknownNameError(
             f"no option '{key}'{f' with {chosen}' if chosen else ''}.{hint}\n"
-            f"  options: {', '.join(dict.fromkeys(siblings))}  ({_HELP})"
+            f"  options: {', '.join(dict.fromkeys(siblings))}  ({self.help})"
         )
 
 
@@ -209,7 +290,8 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 def _reason(error: BaseException) -> str:
     """Return the first lines of an error and of its cause: what, and why."""
-    first = str(error).strip().partition("\n")[0].removeprefix("Error merging override ")
+    lines = str(error).strip().split("\n")
+    first = " ".join(lines[: 2 if lines[0].endswith(":") else 1]).removeprefix("Error merging override ")
     cause = str(error.__cause__ or "").strip().partition("\n")[0]
     return f"{first}: {cause}" if cause and cause not in first else first
 

@@ -166,8 +166,8 @@ def _summary(title: str | None, plan: Sequence[Planned], ends: dict[int, str]) -
     table.add_column("", no_wrap=True)
     for each, task in zip(plan, tasks, strict=True):
         config, mean = each.config, means.get(id(each), {})
-        head = [config["selector"]["name"], config["pruner"]["name"]]
-        head += ["" if config["p"] is None else f"{config['p']:g}", str(config["budget"]["value"])]
+        selector, pruner, budget = runs.choices(config)
+        head = [selector, pruner, "" if config["p"] is None else f"{config['p']:g}", budget]
         head += [str(task.get(key, "")) for key in differing]
         end = "" if id(each) in means else ends.get(id(each), "not run")
         table.add_row(*map(escape, head), *(_number(mean.get(name)) for name in metrics), end)

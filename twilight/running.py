@@ -20,15 +20,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from twilight import runs
+from twilight.arms import SWEEPER
 from twilight.errors import CalibrationError, TwilightError, UnsupportedModelError, unknown_name
 
 EXPECTED = (TwilightError, ValueError, TypeError, OSError)
 """Errors of bad input: their message is the answer."""
 NOT_APPLICABLE = (UnsupportedModelError, CalibrationError)
 """Errors that say that this does not go with that model."""
-
-SWEEPER = "hydra_plugins.twilight.ResumingSweeper"
-"""What Hydra calls `twilight.sweeper.ResumingSweeper`."""
 
 OmegaConf.register_new_resolver(
     "run_folder", lambda *, _root_: runs.run_path(runs.run_config(_root_)), replace=True, use_cache=False

@@ -28,6 +28,8 @@ RESULT, ERROR, RUNNING = "result.json", "error.json", "running.json"
 GROUPS = ("selector", "pruner", "budget", "model", "task")
 NO_PART = {"model": ("device",), "task": ("json", "plot")}
 """Options that say where or how a run is done or shown, not what comes out."""
+_ROOM = 60
+"""Characters of a folder's name that a selector or a pruner has: file systems want no more than 255 for all of it."""
 
 
 def run_config(cfg: DictConfig) -> dict[str, Any]:
@@ -51,16 +53,39 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 def run_path(config: Mapping[str, Any]) -> str:
-    """Return where a run lies under the folder of runs, such as ``facts/quest-top_p-p0.9-b0.25-1a2b3c4d5e6f``."""
-    model, budget = config["model"], config["budget"]
-    parts = [Path(model["path"]).name] if model.get("path") else []
-    parts += [config["selector"]["name"], config["pruner"]["name"]]
+    """Return where a run lies under the folder of runs, such as ``facts/quest-top_p-p0.9-b0.25-1a2b3c4d5e6f``.
+
+    Options of selector and pruner that are not the default stand behind their names, as far as there is room.
+    """
+    selector, pruner, budget = choices(config)
+    path = config["model"].get("path")
+    parts = [Path(path).name] if path else []
+    parts += [selector[:_ROOM], pruner[:_ROOM]]
     parts += [] if config["p"] is None else [f"p{config['p']:g}"]
-    # A policy other than the one for all is named; fixed and fraction are told apart by their value.
-    policy = "" if budget["name"] in ("fixed", "fraction") else f"{budget['name']}_"
-    parts.append(f"b{policy}{budget['value']}")
-    name = "-".join(re.sub(r"[^\w.+]+", "_", str(part)) for part in parts)
+    parts.append(f"b{budget}")
+    name = "-".join(re.sub(r"[^\w.+]+", "_", part).rstrip("_") for part in parts)
     return f"{config['task']['name']}/{name}-{config_hash(config)}"
+
+
+def choices(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Name selector, pruner and budget so that two which differ do not look alike: ``oracle_topp (bits=2)``."""
+    selector, pruner, budget = config["selector"], config["pruner"], config["budget"]
+    options = selector_options(selector), pruner_options(pruner)
+    first, second = (f"{each['name']} ({said})" if said else str(each["name"])
+                     for each, said in zip((selector, pruner), options, strict=True))  # fmt: skip
+    # A policy other than the one for all is named; fixed and fraction are told apart by their value.
+    value = str(budget["value"])
+    return first, second, value if budget["name"] in ("fixed", "fraction") else f"{budget['name']} {value}"
+
+
+def selector_options(selector: Mapping[str, Any]) -> str:
+    """Return the options of a selector that are not its defaults."""
+    return _options(registry().selectors().get(selector["name"]), selector)
+
+
+def pruner_options(pruner: Mapping[str, Any]) -> str:
+    """Return the options of a pruner that are not its defaults, but for p."""
+    return _options(PRUNERS.get(pruner["name"]), {name: value for name, value in pruner.items() if name != "p"})
 
 
 def common_columns(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,11 +97,11 @@ def common_columns(config: Mapping[str, Any]) -> dict[str, Any]:
         "model": model.get("path") or model["name"],
         "model_revision": model.get("revision"),
         "selector": selector["name"],
-        "selector_options": _options(registry().selectors().get(selector["name"]), selector),
+        "selector_options": selector_options(selector),
         "budget": budget["name"],
         "budget_value": budget["value"],
         "pruner": pruner["name"],
-        "pruner_options": _options(PRUNERS.get(pruner["name"]), {k: v for k, v in pruner.items() if k != "p"}),
+        "pruner_options": pruner_options(pruner),
         "p": config["p"],
         "seed": task.get("seed"),
         "config_hash": config_hash(config),

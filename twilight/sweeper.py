@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override, ValueType
@@ -21,14 +21,14 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from twilight import config, running, runs
+from twilight import arms, config, running, runs
 from twilight.checks import check_positive
 from twilight.composing import Composer
 from twilight.errors import did_you_mean
 from twilight.progress import Watch, print_summary
 from twilight.ray_launcher import RayLauncher
 
-NAMESPACE = running.SWEEPER.rpartition(".")[0]
+NAMESPACE = arms.SWEEPER.rpartition(".")[0]
 
 
 @dataclass
@@ -53,12 +53,13 @@ class Planned:
         return f"{self.folder.parent.name}/{self.folder.name}"
 
 
-def register() -> None:
-    """Tell Hydra of the sweeper and of the launcher for Ray.
+def register(words: Sequence[str] | None = None) -> None:
+    """Tell Hydra of the sweeper, and it of the command line's `words`, and of the launcher for Ray.
 
     Hydra makes plugins of its own namespace only, and imports whatever package lies in it into every Hydra app of the
     environment. So the classes have a name in it, and no package is there.
     """
+    ResumingSweeper.words = None if words is None else list(words)
     plugins = Plugins.instance()
     for cls in (ResumingSweeper, RayLauncher):
         plugins.register(cls)
@@ -74,7 +75,11 @@ class ResumingSweeper(Sweeper):
         rerun: run what is finished again.
         runs_per_job: so many runs of one model go to the launcher as one job.
         batch: the file with the other runs of a job; set for each job, not by users.
+        words: the command line's overrides, where Hydra was not given all of them: it composes a configuration before
+            there are jobs, in which an option of what each job chooses may be none.
     """
+
+    words: ClassVar[list[str] | None] = None
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class ResumingSweeper(Sweeper):
         batch: str | None = None,
     ) -> None:
         self.params = dict(params or {})
-        self.arms = [dict(arm) for arm in arms or [{}]]
+        self.arms = [dict(arm) for arm in arms or []]
         self.rerun = rerun
         self.runs_per_job = runs_per_job
 
@@ -105,7 +110,7 @@ class ResumingSweeper(Sweeper):
         started = time.monotonic()
         try:
             check_positive("hydra.sweeper.runs_per_job", self.runs_per_job)
-            plan = self.plan(arguments)
+            plan = self.plan(arguments if self.words is None else self.words)
         except (*running.EXPECTED, HydraException, OmegaConfBaseException) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -132,14 +137,13 @@ class ResumingSweeper(Sweeper):
         assert self.config is not None
         composer = Composer(self.context.config_loader, self.config)
         planned: dict[str, Planned] = {}
-        for arm in self.arms:
-            # The last of several overrides of an option counts, so that the command line's does.
-            words = [f"{key}={value}" for key, value in {**self.params, **arm}.items()]
-            overrides = composer.parser.parse_overrides([*words, *arguments])
-            found = _found(overrides)
-            (batch,) = BasicSweeper.split_arguments(overrides, None)
+        parse = composer.parser.parse_overrides
+        given = [each for each in parse(list(arguments)) if not each.is_hydra_override()]
+        for part in arms.parts(given, self.params, self.arms, parse):
+            found = _found(part.overrides)
+            (batch,) = BasicSweeper.split_arguments(part.overrides, None)
             for job in batch:
-                each = self._planned(composer, job, found)
+                each = self._planned(composer, part.fitting(job, composer.base(job)), found)
                 planned.setdefault(str(each.folder), each)
         each_run = list(planned.values())
         return [each_run[index] for index in runs.sweep_order([each.config for each in each_run])]

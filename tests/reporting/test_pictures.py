@@ -103,6 +103,69 @@ def test_p_has_quality_above_and_tokens_below(tmp_path, fake):
     assert list(below.get_lines()[0].get_ydata()) == [tokens for *_, tokens in expected]
 
 
+def crowd(folder, fake, values):
+    """Runs of as many selectors as there are values, each with two p: of the lower 0.01 more bits."""
+    for index, value in enumerate(values):
+        for p, more in ((0.9, 0.0), (0.8, 0.01)):
+            row = {"text": "book 12", "context": 4096, "bits_per_byte": value + more, "delta_stderr": 0.002}
+            row |= {"b1_group": 100 * p + index}
+            fake.write(folder, fake.config("perplexity", f"s{index:02}", p), [row])
+
+
+BITS = Metric("perplexity", "bits_per_byte", "bits per byte", False)
+
+
+@pytest.mark.parametrize("draw", [quality.against_tokens, quality.against_p])
+def test_few_far_off_do_not_press_the_others_into_a_line(tmp_path, fake, draw):
+    crowd(tmp_path, fake, [0.4 + 0.01 * index for index in range(10)] + [0.9, 2.0])
+    (picture,), found, looks = drawn(draw, merged(tmp_path).rows, BITS)
+    panel = shown(picture)[0]
+    low, high = panel.get_ylim()
+    assert low < 0.4 and 0.5 < high < 0.7
+    # Each that is not seen has an arrow of its colour at the edge, and its values are written.
+    beyond = [point for point in found if point.value > high]
+    arrows = [line for line in panel.get_lines() if line.get_ydata()[0] == high]
+    assert sorted(line.get_color() for line in arrows) == sorted(looks[each.choice.name].colour for each in beyond)
+    assert [text.get_text() for text in panel.texts] == ["↑ s10 0.9 to 0.91\n↑ s11 2 to 2.01"]
+    assert "Arrows at the edge" in picture.caption
+    # All values are drawn still, for whoever looks into the file.
+    values = {y for line in panel.get_lines() for y in line.get_ydata()}
+    assert {point.value for point in found} <= values
+
+
+def test_one_far_better_does_not_either(tmp_path, fake):
+    metric = Metric("fidelity", "output_error", "error", False)
+    for index, value in enumerate([0.001, 0.1, 0.1, 0.1, *(0.1 + 0.01 * index for index in range(11))]):
+        row = {"context": 64, "output_error": value, "b1_group": 10 + index}
+        fake.write(tmp_path, fake.config("fidelity", f"s{index:02}", 0.9), [row])
+    (picture,), *_ = drawn(quality.against_tokens, merged(tmp_path).rows, metric)
+    panel = shown(picture)[0]
+    low, high = panel.get_ylim()
+    assert panel.get_yscale() == "log" and 0.02 < low < 0.1 and 0.2 < high < 0.4
+    assert [text.get_text() for text in panel.texts] == ["↓ s00 0.001"]
+
+
+def test_what_is_spread_or_few_keeps_its_scale(tmp_path, fake):
+    crowd(tmp_path / "spread", fake, [0.4 + 0.04 * index for index in range(12)])
+    crowd(tmp_path / "few", fake, [0.4, 0.41, 0.42, 0.9])
+    for name in ("spread", "few"):
+        (picture,), found, _ = drawn(quality.against_tokens, merged(tmp_path / name).rows, BITS)
+        low, high = shown(picture)[0].get_ylim()
+        assert all(low < point.value < high for point in found)
+        assert not shown(picture)[0].texts and "Arrows" not in picture.caption
+
+
+def test_a_crowd_has_a_bar_a_selector_and_says_so(tmp_path, fake):
+    crowd(tmp_path, fake, [0.4 + 0.01 * index for index in range(12)])
+    (picture,), found, _ = drawn(quality.against_tokens, merged(tmp_path).rows, BITS)
+    bars = [bar for each in shown(picture)[0].containers for bar in each.lines[2][0].get_segments()]
+    middles = {round((bar[0][1] + bar[1][1]) / 2, 6) for bar in bars if len(bar)}
+    assert middles == {round(point.value, 6) for point in found if point.choice.p == 0.9}
+    assert "each has one only where it reads most" in picture.caption
+    (picture,), *_ = drawn(quality.against_p, merged(tmp_path).rows, BITS)
+    assert "in the picture against tokens read" in picture.caption
+
+
 def test_budgets_of_one_selector_are_lines_of_their_own(tmp_path, fake):
     for p in (0.7, 0.9):
         for budget in (0.25, 0.5):
@@ -154,7 +217,25 @@ def test_needles_by_depth_and_length_beside_dense(tmp_path, fake):
     assert dense.get_images()[0].get_array().filled(math.nan).tolist()[0] == [1, 1]
     grid = quest.get_images()[0].get_array()
     assert grid.tolist() == [[0.75, 0.5], [0.25, None]]
-    assert [text.get_text() for text in quest.get_yticklabels()] == ["0 %", "100 %"]
+    assert [text.get_text() for text in dense.get_yticklabels()] == ["0 %", "100 %"]
+    assert quest.get_ylim() == dense.get_ylim()  # one scale, which stands at the first
+
+
+def test_seventeen_panels_fit_on_a_screen(tmp_path, fake):
+    for index in range(16):
+        rows = [
+            {"kind": "needle", "context": context, "depth": depth / 8, "asked": 1, "correct": 1, "accuracy": 1.0,
+             "method": method}
+            for context in (64, 128, 256) for depth in range(8) for method in ("dense", "twilight")
+        ]  # fmt: skip
+        fake.write(tmp_path, fake.config("facts", f"s{index:02}", 0.9), rows)
+    (picture,) = maps.needles(merged(tmp_path).rows)
+    width, height = picture.figure.get_size_inches()
+    assert len(shown(picture)) == 18 and width < 14 and height < 10
+    with style.drawing():
+        picture.figure.draw_without_rendering()
+    bar = picture.figure.axes[-1].get_position()
+    assert 2 < bar.height * height < 3.5 and bar.width * width < 0.3
 
 
 def test_positions_are_densities_over_uniform(tmp_path, fake):

@@ -97,6 +97,18 @@ def test_settings_that_differ_are_said(tmp_path, fake, capsys):
     assert "facts: 2 values of weights (5e1ec7ed0123; another); they are drawn apart" in capsys.readouterr().err
 
 
+def test_of_options_and_versions_that_differ_only_those_are_said(tmp_path, fake, capsys):
+    needs_matplotlib()
+    for samples, torch in ((4, "2.1"), (8, "2.2")):
+        of = fake.config("facts", "quest", 0.9, page_size=16, samples=samples)
+        row = {"kind": "needle", "context": 64, "asked": 4, "correct": 4, "accuracy": 1.0}
+        fake.write(tmp_path / "runs", of, [row], versions={"python": "3.11", "torch": torch})
+    assert cli.main(["report", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert "facts: 2 values of options (samples=4; samples=8); they are drawn apart" in told
+    assert "facts: 2 values of versions (torch 2.1; torch 2.2); they are drawn apart" in told
+
+
 def test_a_baseline(tmp_path, fake, capsys):
     needs_matplotlib()
     fake.lm_eval(tmp_path / "new", "quest", 0.9, 0.4)

@@ -43,7 +43,7 @@ def budgets(rows: Sequence[Row]) -> list[Picture]:
                 spec = panel.get_subplotspec()
                 panel.set_ylabel("layer" if spec.is_first_col() else "")
                 panel.set_xlabel("query head")
-            bar = figure.colorbar(image, ax=axes, label="tokens kept a step, mean")
+            bar = style.colour_bar(figure, image, axes, "tokens kept a step, mean")
             style.plain_log(bar.ax.yaxis)
             style.title(figure, f"Tokens that each head keeps{context}\n{label}")
         caption = (
@@ -87,14 +87,16 @@ def needles(rows: Sequence[Row]) -> list[Picture]:
             contexts = sorted({float(row.values["context"]) for row in mine})
             depths = sorted({float(row.values["depth"]) for row in mine})
             with style.drawing():
-                width, height = min(5.0, 1.7 + 0.5 * len(contexts)), min(4.5, 1.5 + 0.36 * len(depths))
-                figure, axes = style.grid(len(groups), columns=4, width=width, height=height)
+                # Wide enough for a title, high enough for a number in each cell.
+                width, height = min(5.0, max(1.9, 0.8 + 0.42 * len(contexts))), min(4.5, 0.9 + 0.23 * len(depths))
+                columns = 6 if len(groups) > 4 and width < 3 else 4
+                figure, axes = style.grid(len(groups), columns=columns, width=width, height=height, sharey=True)
                 for panel, (name, group) in zip(axes, groups.items(), strict=True):
                     image = _needle(panel, group, contexts, depths)
                     panel.set_title(titles[name], fontsize=10)
                     panel.set_ylabel("depth of the fact" if panel.get_subplotspec().is_first_col() else "")
-                    panel.set_xlabel("context length in tokens")
-                figure.colorbar(image, ax=axes, label="facts answered, share")
+                    panel.set_xlabel("context" if width < 3 else "context length in tokens")
+                style.colour_bar(figure, image, axes, "facts answered, share")
                 style.title(figure, f"Facts answered by depth and length: {kind}\n{label}")
             caption = (
                 "The share of planted facts that were answered: depth 0 % is the beginning of the context, 100 % its "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import style
@@ -14,6 +15,10 @@ from .style import Picture, Series
 
 MOST_PANELS = 12
 """Panels that a picture has at most; those of the longest contexts are left out, and it says so."""
+CROWD = 8
+"""Curves that a panel has room for with all their error bars."""
+_CUT = " Arrows at the edge stand for points beyond it, whose values are written there."
+_NO_BARS = " Error bars would hide so many lines: they are in the picture against tokens read."
 
 
 def against_tokens(
@@ -26,13 +31,15 @@ def against_tokens(
         panels, left_out = _panels(mine)
         if not panels:
             continue
-        width = _legend_width(mine)
+        width, crowd = _legend_width(mine), _crowded(mine)
+        size: dict[str, Any] = {"columns": 1 if len(panels) < 4 else 2, "width": 7.5, "height": 4.0} if crowd else {}
+        cut = False
         with style.drawing():
-            figure, axes = style.grid(len(panels), legend=width)
+            figure, axes = style.grid(len(panels), legend=width, **size)
             for panel, (key, inside) in zip(axes, panels.items(), strict=True):
-                _curves(panel, inside, metric, looks)
+                _curves(panel, inside, metric, looks, barred=_most_tokens(inside) if crowd else inside)
                 _dense(panel, inside)
-                _scale(panel, inside, metric)
+                cut |= _scale(panel, inside, metric, looks, [point.tokens or 0.0 for point in inside])
                 style.token_axis(panel.xaxis, [point.tokens or 0.0 for point in inside])
                 panel.set_title(_panel_name(key))
                 panel.set_xlabel("tokens a kv head reads a step")
@@ -47,7 +54,7 @@ def against_tokens(
             f"others beats: fewer tokens, or better. {'Up' if metric.higher_is_better else 'Down'} and to the left "
             "is better."
         )
-        caption += _pooled(mine) + _errors(mine, metric)
+        caption += _pooled(mine) + _errors(mine, metric, few=crowd) + (_CUT if cut else "")
         stem = f"quality-{metric.stem}{_number(order, points)}"
         pictures.append(Picture(_safe(stem), f"{metric.label}, against tokens read", caption, figure))
     return pictures
@@ -65,10 +72,13 @@ def against_p(
         panels, left_out = _panels(mine, most=4)
         arms = sorted({_arm(point.choice) for point in mine})
         lines = {arm: style.LINES[index % len(style.LINES)] for index, arm in enumerate(arms)}
-        columns, width = len(panels), _legend_width(mine)
+        columns, width, crowd = len(panels), _legend_width(mine), _crowded(mine)
         shift = _shifts(mine)
+        # Of many curves those above are the tangle.
+        size: dict[str, Any] = {"height": 3.9, "gridspec_kw": {"height_ratios": (5, 3)}} if crowd else {"height": 3.0}
+        cut = False
         with style.drawing():
-            figure, axes = style.grid(2 * columns, columns=columns, height=3.0, legend=width, sharex=True)
+            figure, axes = style.grid(2 * columns, columns=columns, legend=width, sharex=True, **size)
             for index, (key, inside) in enumerate(panels.items()):
                 above, below = axes[index], axes[columns + index]
                 for (name, arm), group in _lines(inside).items():
@@ -80,7 +90,7 @@ def against_p(
                     ps = [point.choice.p or 0.0 for point in group]
                     above.errorbar(
                         [p + shift[name] for p in ps], [point.value for point in group],
-                        _bars(group), **look,
+                        _bars(group, [] if crowd else group), **look,
                         markersize=5, linewidth=1.5, elinewidth=0.8, capsize=2,
                     )  # fmt: skip
                     read = [point for point in group if point.tokens]
@@ -89,7 +99,8 @@ def against_p(
                         markersize=5, linewidth=1.5,
                     )  # fmt: skip
                 _dense(above, inside)
-                _scale(above, inside, metric)
+                places = [(point.choice.p or 0.0) + shift[point.choice.name] for point in inside]
+                cut |= _scale(above, inside, metric, looks, places)
                 style.token_axis(below.yaxis, [point.tokens or 0.0 for point in inside])
                 above.set_title(_panel_name(key))
                 below.set_xlabel("p")
@@ -106,22 +117,24 @@ def against_p(
         caption = (
             "Above: quality, with dense attention dashed. Below: the tokens that a kv head reads a step. The p to take "
             "is where the upper line has come to dense and the lower one has not yet left. Upper lines are moved aside "
-            "a little, so that their bars can be seen."
+            "a little, so that they can be told apart."
         )
-        caption += _pooled(mine) + _errors(mine, metric)
+        caption += _pooled(mine) + (_NO_BARS if crowd else _errors(mine, metric)) + (_CUT if cut else "")
         stem = f"p-{metric.stem}{_number(order, points)}"
         pictures.append(Picture(_safe(stem), f"{metric.label} and tokens read, against p", caption, figure))
     return pictures
 
 
-def _curves(panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series]) -> None:
+def _curves(
+    panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series], barred: Sequence[Point]
+) -> None:
     for name, group in _by_name(inside).items():
         look = looks[name]
         for pruned in (True, False):
             some = [point for point in group if _pruned(point.choice) is pruned]
             if some:
                 panel.errorbar(
-                    [point.tokens for point in some], [point.value for point in some], _bars(some),
+                    [point.tokens for point in some], [point.value for point in some], _bars(some, barred),
                     color=look.colour, marker=look.marker, markersize=5.5, alpha=0.55, linestyle="", elinewidth=0.8,
                     markerfacecolor=look.colour if pruned else "white", capsize=2,
                 )  # fmt: skip
@@ -136,9 +149,16 @@ def _curves(panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[
         )  # fmt: skip
 
 
-def _bars(points: Sequence[Point]) -> list[float] | None:
-    bars = [0.0 if point.error is None else Z * point.error for point in points]
-    return bars if any(bars) else None
+def _bars(points: Sequence[Point], barred: Sequence[Point]) -> list[float] | None:
+    bars = [0.0 if point.error is None or point not in barred else Z * point.error for point in points]
+    # No bar rather than one of no length, whose caps would stand across the marker.
+    return [bar or math.nan for bar in bars] if any(bars) else None
+
+
+def _most_tokens(points: Sequence[Point]) -> list[Point]:
+    """Return one point of each selector, a pruned one if there is: without, all read the same and stand in a row."""
+    groups = _by_name(points).values()
+    return [max(group, key=lambda point: (_pruned(point.choice), point.tokens or 0.0)) for group in groups]
 
 
 def _dense(panel: Any, inside: Sequence[Point]) -> None:
@@ -153,13 +173,85 @@ def _dense(panel: Any, inside: Sequence[Point]) -> None:
         panel.axhspan(value - Z * error, value + Z * error, color="black", alpha=0.06, linewidth=0, zorder=0)
 
 
-def _scale(panel: Any, inside: Sequence[Point], metric: Metric) -> None:
+def _scale(
+    panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series], places: Sequence[float]
+) -> bool:
+    """Choose the scale of quality; return whether some points lie beyond it.
+
+    How far off a few selectors are is no reason to press the others into a line. Theirs is said in words, with an arrow
+    where each point would be: at `places` of the other axis.
+    """
     values = [point.value for point in inside]
     if metric.column == "accuracy":
         panel.set_ylim(-0.03, 1.05)
-    elif min(values) > 0 and max(values) > 20 * min(values):
+        return False
+    wide = min(values) > 0 and max(values) > 20 * min(values)
+    if wide:
         panel.autoscale_view()
         style.plain_log(panel.yaxis)
+    ends = _ends(inside, math.log if wide else float) if _crowded(inside) else (None, None)
+    if ends == (None, None):
+        return False
+    low, high = (end if end is None or not wide else math.exp(end) for end in ends)
+    below, above = _padded(min(values) if low is None else low, max(values) if high is None else high, wide)
+    panel.set_ylim(below if low is None else low, above if high is None else high)
+    if wide:  # with ticks for what is left
+        style.plain_log(panel.yaxis)
+    for top, edge in ((False, low), (True, high)):
+        if edge is not None:
+            _beyond(panel, inside, metric, looks, places, edge, top)
+    return True
+
+
+def _ends(inside: Sequence[Point], scaled: Callable[[float], float]) -> tuple[float | None, float | None]:
+    """Return where the axis is to end below and above; None where it reaches as far as all points.
+
+    It ends a little beyond the farthest of all but a quarter of the selectors, if all are twice as far.
+    """
+    groups = [[scaled(point.value) for point in group] for group in _by_name(inside).values()]
+    lowest, highest = sorted(map(min, groups)), sorted(map(max, groups))
+    most = highest[-1] - lowest[0]
+    low, high = lowest[len(groups) // 4], highest[-1 - len(groups) // 4]
+    down, up = highest[-1] - low, high - lowest[0]
+    return low - 0.3 * down if most > 2 * down else None, high + 0.3 * up if most > 2 * up else None
+
+
+def _padded(low: float, high: float, wide: bool) -> tuple[float, float]:
+    if wide:
+        return low * (low / high) ** 0.06, high * (high / low) ** 0.06
+    return low - 0.08 * (high - low), high + 0.08 * (high - low)
+
+
+def _beyond(
+    panel: Any, inside: Sequence[Point], metric: Metric, looks: Mapping[str, Series], places: Sequence[float],
+    edge: float, top: bool,
+) -> None:  # fmt: skip
+    """Mark the points that lie above a panel's upper edge, or below its lower one."""
+    from matplotlib.patheffects import withStroke
+
+    found: dict[str, list[float]] = {}
+    for point, place in zip(inside, places, strict=True):
+        if point.value > edge if top else point.value < edge:
+            found.setdefault(point.choice.name, []).append(point.value)
+            look = {"color": looks[point.choice.name].colour, "marker": 6 if top else 7}  # its tip is at the edge
+            panel.plot(place, edge, **look, markersize=7, clip_on=False, linestyle="")
+    said = [f"{'↑' if top else '↓'} {_short(name)} {_range(values)}" for name, values in sorted(found.items())]
+    # Curves come from the worst on the left to the best on the right, and leave these corners.
+    right = top is not metric.higher_is_better
+    panel.text(
+        0.99 if right else 0.01, 0.95 if top else 0.05, "\n".join(said), transform=panel.transAxes,
+        ha="right" if right else "left", va="top" if top else "bottom",
+        path_effects=[withStroke(linewidth=3, foreground="white")],
+    )  # fmt: skip
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _crowded(points: Sequence[Point]) -> bool:
+    return len({point.choice.name for point in points}) > CROWD
 
 
 def _handles(
@@ -262,11 +354,12 @@ def _pooled(points: Sequence[Point]) -> str:
     return f" A point pools up to {most} rows (kinds, depths, seeds)." if most > 1 else ""
 
 
-def _errors(points: Sequence[Point], metric: Metric) -> str:
+def _errors(points: Sequence[Point], metric: Metric, *, few: bool = False) -> str:
     if all(point.error is None for point in points):
         return " These runs give no error bars."
     what = "of the difference to dense on the same tokens" if metric.column == "bits_per_byte" else "of the value"
-    return f" Error bars are 95 % intervals {what}."
+    where = ". So that curves can be told apart, each has one only where it reads most after pruning" if few else ""
+    return f" Error bars are 95 % intervals {what}{where}."
 
 
 def _legend_width(points: Sequence[Point]) -> float:

@@ -98,19 +98,22 @@ def labels(settings: Iterable[Setting]) -> dict[Setting, str]:
         parts = [each.model or "no model"] + ([each.task] if len(tasks) > 1 else [])
         for name in differ:
             value = getattr(each, name)
-            if name in _LISTS:  # only the entries that not all have
-                others = [set(_parts(name, getattr(other, name))) for other in every]
-                value = ", ".join(part for part in _parts(name, value) if not all(part in other for other in others))
+            if name in _LISTS:
+                value = _own(name, value, every)
             parts.append(value if name in _ITSELF else f"{name} {value or '?'}")
         found[each] = ", ".join(part for part in parts if part)
     return found
 
 
 def differences(settings: Iterable[Setting]) -> dict[str, list[str]]:
-    """Return what differs between `settings`, by its name, with the values."""
+    """Return what differs between `settings`, by its name, with the values; of lists the entries that not all have."""
     every = list(settings)
     values = {each.name: sorted({getattr(one, each.name) for one in every}) for each in fields(Setting)}
-    return {name: found for name, found in values.items() if len(found) > 1 and name != "task"}
+    return {
+        name: [_own(name, value, every) for value in found] if name in _LISTS else found
+        for name, found in values.items()
+        if len(found) > 1 and name != "task"
+    }
 
 
 def describe(one: Setting) -> str:
@@ -118,6 +121,12 @@ def describe(one: Setting) -> str:
     parts = [(each.name, getattr(one, each.name)) for each in fields(Setting) if each.name not in ("task", "model")]
     said = [value if name in _ITSELF else f"{name} {value}" for name, value in parts if value]
     return ", ".join([one.model or "no model", *said])
+
+
+def _own(name: str, value: str, every: Iterable[Setting]) -> str:
+    """Return the entries of a list that not all settings have."""
+    others = [set(_parts(name, getattr(other, name))) for other in every]
+    return ", ".join(part for part in _parts(name, value) if not all(part in other for other in others))
 
 
 def _parts(name: str, value: str) -> list[str]:

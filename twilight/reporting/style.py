@@ -120,6 +120,12 @@ def line(**options: Any) -> Any:
     return Line2D([], [], **options)
 
 
+def colour_bar(figure: Figure, image: Any, panels: Sequence[Any], label: str) -> Any:
+    """Put a colour bar beside the panels at their top, no longer than is needed to read it, and return it."""
+    long = min(1.0, 3.0 / figure.get_size_inches()[1])
+    return figure.colorbar(image, ax=list(panels), label=label, shrink=long, aspect=16, anchor=(0.0, 1.0), pad=0.02)
+
+
 def legend(figure: Figure, handles: Sequence[Any], **options: Any) -> None:
     """Put a legend beside the panels, where it hides nothing."""
     figure.legend(handles=list(handles), loc="outside right upper", frameon=False, handlelength=2.4, **options)

@@ -31,6 +31,8 @@ def run(cfg: DictConfig) -> TaskResult:
         raise ValueError(f"task.batch_size: expected at least 1, got {task.batch_size}")
     if task.include_path is not None and not Path(task.include_path).is_dir():
         raise FileNotFoundError(f"task.include_path: no folder '{task.include_path}'")
+    if not isinstance(task.gen_kwargs, (DictConfig, type(None))):
+        raise ValueError(f"task.gen_kwargs: expected a mapping, as in {{max_gen_toks: 64}}, got {task.gen_kwargs}")
     metadata: dict[str, Any] = {"pretrained": cfg.model.path}
     if task.lengths is not None:
         metadata["max_seq_lengths"] = list(task.lengths)
