@@ -211,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # tensors of a step are small: threads wait for each other, and for whoever else runs
     loaded = load_model("tiny" if args.model is None else "hf", args.model)
-    settings = {key: value for key, value in vars(args).items() if key not in ("json", "update", "mark", "selectors", "rules")}
+    settings = {
+        key: value for key, value in vars(args).items() if key not in ("json", "update", "mark", "selectors", "rules")
+    }
     head = {
         "settings": settings,
         "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),

@@ -38,33 +38,33 @@ _BLOCK = re.compile(r"(<!-- bench:(\S+) (\S+)((?: \S+)*) -->\n).*?(<!-- /bench -
 def speed(data: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     """Return a row a cell: best dense kernel, Quest with top-p, its ratio, and the other methods' times."""
     others = [name for name in _LABELS if name != QUEST and any(name in cell["methods"] for cell in cells)]
-    shapes = {(cell["q_heads"], cell["kv_heads"]) for cell in cells}
-    first = (["heads"] if len(shapes) > 1 else []) + ["b", "N", "best dense", "Quest + top-p", "ratio", "of the floor"]
+    sizes, which = _sizes(cells)
     rows = []
-    for cell in cells:
+    for cell, words in zip(cells, which, strict=True):
         row = cell["methods"][QUEST]
         dense = cell["dense"][cell["best_dense"]]["us"]
-        words = [f"{cell['q_heads']}/{cell['kv_heads']}"] if len(shapes) > 1 else []
         words += [
-            str(cell["batch"]), length(cell["length"]), f"{number(dense)} ({cell['best_dense']})",
+            f"{number(dense)} ({cell['best_dense']})",
             number(row["total"]["us"]), f"{row['speedup']:.2f}×", percent(row["floor_fraction"]),
         ]  # fmt: skip
         words += [number(cell["methods"][name]["total"]["us"]) if name in cell["methods"] else "–" for name in others]
         rows.append(words)
+    first = [*sizes, "best dense", "Quest + top-p", "ratio", "of the floor"]
     return markdown([*first, *(_LABELS[name] for name in others)], rows)
 
 
 def stages(data: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
     """Return a row a cell and method: microseconds of each stage, and the stages' share of their own floors."""
     columns = [c for c in COLUMNS if any(c in row for cell in cells for row in cell["methods"].values())]
+    sizes, which = _sizes(cells)
     rows = []
-    for cell in cells:
+    for cell, size in zip(cells, which, strict=True):
         for name, row in cell["methods"].items():
-            words = [str(cell["batch"]), length(cell["length"]), _LABELS.get(name, name)]
+            words = [*size, _LABELS.get(name, name)]
             for column in columns:
                 words.append(_stage(cell, row, column) if column in row else "–")
             rows.append([*words, f"{row['gbps']:.0f}", percent(row["floor_fraction"]), f"{row['speedup']:.2f}×"])
-    return markdown(["b", "N", "", *columns, "GB/s", "of the floor", "ratio to dense"], rows)
+    return markdown([*sizes, "", *columns, "GB/s", "of the floor", "ratio to dense"], rows)
 
 
 def dense(data: dict[str, Any], cells: Sequence[dict[str, Any]]) -> str:
@@ -168,6 +168,15 @@ def number(us: float) -> str:
 def percent(share: float) -> str:
     """Return a share as a percentage."""
     return f"{100 * share:.0f} %"
+
+
+def _sizes(cells: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns that say what a cell is, heads among them if they differ, and their words for each cell."""
+    heads = [f"{cell['q_heads']}/{cell['kv_heads']}" for cell in cells]
+    words = [[str(cell["batch"]), length(cell["length"])] for cell in cells]
+    if len(set(heads)) < 2:
+        return ["b", "N"], words
+    return ["heads", "b", "N"], [[head, *rest] for head, rest in zip(heads, words, strict=True)]
 
 
 def _stage(cell: dict[str, Any], row: dict[str, Any], column: str) -> str:

@@ -5,8 +5,8 @@ On one large GPU, in minutes, and as a smoke test on any CPU:
     python examples/train_tiny.py --out examples/tiny
     python examples/train_tiny.py --out smoke --minutes 0.2 --context 512 --batch-tokens 2048 --eval-prompts 1
 
-`--shape larger` trains one of 40 M parameters, with the heads of a Llama 3 (groups of 4, head dim 128), for measurements
-that the tiny one is too small for; it is not kept in the repository.
+`--shape larger` trains one of 40 M parameters, with the heads of a Llama 3 (groups of 4, head dim 128), for what the
+tiny one is too small to measure; it is not kept in the repository.
 """
 
 from __future__ import annotations

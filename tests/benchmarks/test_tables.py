@@ -64,6 +64,8 @@ def test_stages_say_their_share_of_the_floor():
     assert quest[3:8] == ["20.0 (50 %)", "10.0 (50 %)", "5.0", "8.0 (25 %)", "40.0"]
     assert quest[8:] == ["1700", "42 %", "2.50×"]
     assert top_k[2:8] == ["Quest top-k, N/8", "20.0", "–", "–", "8.0 (25 %)", "123"]
+    head, _, *both = rows(tables.stages({}, [made(), made(kv_heads=32)]))
+    assert head[:3] == ["heads", "b", "N"] and [row[0] for row in both] == ["32/8", "32/8", "32/32", "32/32"]
 
 
 def test_dense_and_model():
@@ -105,12 +107,12 @@ def test_a_block_is_written_anew_and_the_rest_is_left(tmp_path, capsys):
     folder.mkdir()
     shutil.copy(RESULTS, tmp_path / "r.json")
     document = folder / "x.md"
-    mark = "<!-- bench:speed ../r.json 64:32k 1:128k -->"
+    mark = "<!-- bench:speed ../r.json 64:8k 1:128k -->"
     document.write_text(f"before\n\n{mark}\n| old |\n<!-- /bench -->\n\nafter <!-- a comment -->\n")
     assert main(["report", "--update", str(document)]) == 0
     assert capsys.readouterr().out == f"{document}: changed\n"
     text = document.read_text()
-    table = tables.render("speed", load(RESULTS), ["64:32k", "1:128k"])
+    table = tables.render("speed", load(RESULTS), ["64:8k", "1:128k"])
     assert text == f"before\n\n{mark}\n{table}<!-- /bench -->\n\nafter <!-- a comment -->\n"
     assert len(table.splitlines()) == 4
     assert main(["report", "--update", str(document)]) == 0
@@ -131,10 +133,10 @@ def test_wrong_blocks_are_named(tmp_path):
 
 
 def test_report_prints_a_table_with_what_it_is_of(capsys):
-    assert main(["report", str(RESULTS), "--table", "stages", "--cells", "64:32k"]) == 0
+    assert main(["report", str(RESULTS), "--table", "stages", "--cells", "64:8k"]) == 0
     said = capsys.readouterr().out
     result = json.loads(RESULTS.read_text())
     assert said.startswith(f"{RESULTS}: NVIDIA H200, twilight ")
     assert f"torch {result['versions']['torch']}, " in said and f"kernels {result['raw_kernels']}" in said
-    cell = next(cell for cell in result["cells"] if (cell["batch"], cell["length"]) == (64, 32768))
-    assert said.count("\n| 64 | 32k |") == len(cell["methods"])
+    cell = next(cell for cell in result["cells"] if (cell["batch"], cell["length"]) == (64, 8192))
+    assert said.count("\n| 64 | 8k |") == len(cell["methods"])
