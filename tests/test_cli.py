@@ -115,9 +115,13 @@ def test_plugins_info_shows_parameters_and_tracebacks(site, capsys):
     assert main(["plugins", "info", "newest", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["selectors"][0]["about"] == "Keep the newest tokens."
-    assert found["selectors"][0]["parameters"] == [{"name": "window", "type": "int", "default": 8}]
+    assert found["selectors"][0]["parameters"] == [{"name": "window", "type": "int", "default": 8, "about": ""}]
     assert main(["plugins", "info", "newest"]) == 0
     assert "selector.window: int = 8" in capsys.readouterr().out
+    assert main(["plugins", "info", "quest"]) == 0
+    assert (
+        "selector.metadata_type: str = 'int8'\n             how M and m are kept: \"int8\"" in capsys.readouterr().out
+    )
     assert main(["plugins", "info", "bad"]) == 0
     assert 'bad.py", line 1' in capsys.readouterr().out
     assert main(["plugins", "info", "newst"]) == 2

@@ -27,7 +27,8 @@ from twilight import (
 )
 from twilight.errors import UnknownNameError
 from twilight.overrides import OverrideError, check, expand_budget
-from twilight.registry import PluginWarning
+from twilight.parameters import parameter_docs, parameters
+from twilight.registry import PluginWarning, registry
 
 
 @dataclass
@@ -325,3 +326,27 @@ def test_every_yaml_of_the_package_is_reached(site):
         if group == "experiment":  # a choice of sweeps: tests/test_experiments.py
             continue
         assert one(f"{group}={choice}")[group] is not None
+
+
+def test_what_a_class_says_of_its_parameters():
+    class Some:
+        """Do something.
+
+        Attributes:
+            one: of them,
+                in two lines.
+            two, three: both
+              at once.
+
+        Raises:
+            four: no parameter.
+        """
+
+    assert parameter_docs(Some) == {"one": "of them, in two lines.", "two": "both at once.", "three": "both at once."}
+    assert parameter_docs(type("None_", (), {"__doc__": None})) == {}
+
+
+@pytest.mark.parametrize("name", sorted(BUILTIN))
+def test_built_in_selectors_say_what_each_parameter_is(name):
+    cls = registry().get_selector(name)
+    assert {each.name for each in parameters(cls)} <= set(parameter_docs(cls))

@@ -128,6 +128,8 @@ def test_what_cannot_be_written_is_refused_before_the_run(monkeypatch, capfd):
         (["budget=50000"], "50000 tokens are more than the 32768 positions"),
         (["model=hf"], "model.path: model=hf needs a local folder or hub name"),
         (["model=hf", "model.path=empty_folder"], "model.path: cannot load 'empty_folder'"),
+        (["model=hf", "model.path=/not/there"], "model.path: cannot load '/not/there': no such folder"),
+        (["model=hf", "model.path=./there"], "model.path: cannot load './there': no such folder"),
         (["model.dtype=int8"], "model.dtype: expected auto"),
         (["model.device=foo"], "model.device: expected auto, cpu or cuda, got 'foo'"),
         (["model.dense_layers=7"], "no layer is left to be sparse"),

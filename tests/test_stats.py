@@ -7,7 +7,7 @@ import torch
 
 from tests.caches import fill
 from twilight import Geometry, NoPruning, TwilightAttention
-from twilight.stats import spread, token_bytes
+from twilight.stats import Stats, spread, token_bytes
 from twilight_selectors.streaming_llm import StreamingLLM
 
 
@@ -29,11 +29,28 @@ def test_summary_has_a_row_a_layer() -> None:
         assert row["mass"] == {"mean": 1.0, "p5": 1.0, "p95": 1.0}
         assert row["kv_bytes"] == (9 + 5 + 10 + 6 + 4 * 6) * 2 * 32
         assert row["dense_bytes"] == (9 + 5 + 10 + 6 + 11 + 7 + 12 + 8) * 2 * 32
+    head, first, _ = str(attention.stats).splitlines()
+    assert head.split() == [
+        "layer",
+        "steps",
+        "dense",
+        "tokens",
+        "B0",
+        "B1",
+        "kept",
+        "B1",
+        "read",
+        "mass",
+        "KV",
+        "bytes",
+    ]
+    assert first.split() == ["3", "4", "2", "8", "7", "7", "7", "1.000", f"{54 / 68:.1%}"]
     assert attention.stats.query_heads(7).tolist() == [(9 + 5 + 10 + 6 + 4 * 6) / 8] * 4
     # A record keeps the lengths of its own step, not those of the cache.
     assert [record.seq_lens.tolist() for record in attention.stats.by_layer()[3]] == [[9, 5], [10, 6], [11, 7], [12, 8]]
     attention.stats.clear()
-    assert attention.stats.summary() == []
+    assert attention.stats.summary() == [] and str(attention.stats) == "no steps yet"
+    assert str(Stats(enabled=False)) == "no stats: attach with stats=True"
 
 
 def test_spread_by_hand() -> None:

@@ -58,6 +58,7 @@ def _new(name: str, parent: str) -> int:
     print(f"  pip install -e '{folder}[test]'")
     print(f"  twilight plugins check {module}")
     print(f"  twilight decode selector={module} p=0.9")
+    print("it ranks pages by their mean key, which is blind to a lone fact: that it misses those is yours to change")
     return 0
 
 
@@ -84,12 +85,18 @@ def describe(name: str) -> list[dict[str, Any]]:
 
 def _describe_selector(name: str) -> dict[str, Any]:
     cls = registry().get_selector(name)
+    docs = parameters.parameter_docs(cls)
     return {
         "name": name,
         "paper": cls.paper,
         "about": (cls.__doc__ or "").strip().partition("\n")[0],
         "parameters": [
-            {"name": each.name, "type": each.type_name, "default": _plain(each.default)}
+            {
+                "name": each.name,
+                "type": each.type_name,
+                "default": _plain(each.default),
+                "about": docs.get(each.name, ""),
+            }
             for each in parameters.parameters(cls)
         ],
     }
@@ -129,5 +136,7 @@ def _print_info(plugin: dict[str, Any]) -> None:
         for each in selector["parameters"]:
             shown = f"{each['name']}: {each['type']} = {each['default']!r}"
             console.print(f"  parameter  selector.{escape(shown)}", highlight=False)
+            if each["about"]:
+                console.print(f"             {escape(each['about'])}", style="dim", highlight=False)
     if plugin["traceback"]:
         console.print(escape(plugin["traceback"]), highlight=False)

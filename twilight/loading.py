@@ -75,6 +75,8 @@ def load_model(
     else:
         kind = _DTYPES[dtype]
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if not Path(where).exists() and (Path(where).is_absolute() or where.startswith((".", "~")) or where.count("/") > 1):
+        raise FileNotFoundError(f"model.path: cannot load '{where}': no such folder")
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise FileNotFoundError(f"model.path: cannot load '{where}': the folder holds no config.json")
     bars = logging.is_progress_bar_enabled()

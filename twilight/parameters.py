@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType, UnionType
@@ -48,6 +50,21 @@ def parameters(cls: type) -> list[Parameter]:
             elif default is dataclasses.MISSING:
                 default = MISSING
             found.append(Parameter(field.name, hints[field.name], default))
+    return found
+
+
+def parameter_docs(cls: type) -> dict[str, str]:
+    """Return what the docstring of a class says of its fields, under ``Attributes:`` or ``Args:``, a line each."""
+    found: dict[str, str] = {}
+    name, inside = "", False
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
+        if not line.startswith(" "):
+            inside = line in ("Attributes:", "Args:")
+        elif inside and (start := re.match(r"    (\w+(?:, \w+)*): (.*)", line)):
+            name = start[1]
+            found |= dict.fromkeys(name.split(", "), start[2])
+        elif inside and name:
+            found |= {each: f"{found[each]} {line.strip()}" for each in name.split(", ")}
     return found
 
 

@@ -152,6 +152,20 @@ class Stats:
             layers[record.layer].append(record)
         return dict(sorted(layers.items()))
 
+    def __str__(self) -> str:
+        """Return `summary` as a table: a line a layer, means over its steps and heads."""
+        if not self.enabled:
+            return "no stats: attach with stats=True"
+        lines = ["layer  steps  dense  tokens       B0  B1 kept  B1 read   mass  KV bytes"]
+        for row in self.summary():
+            means = (row[name]["mean"] for name in ("b0", "b1_query", "b1_group"))
+            lines.append(
+                f"{row['layer']:5d}  {row['steps']:5d}  {row['dense_steps']:5d}  {row['seq_len']:6.0f}"
+                + "".join(f"  {mean:7.0f}" for mean in means)
+                + f"  {row['mass']['mean']:5.3f}  {row['kv_bytes'] / max(row['dense_bytes'], 1):8.1%}"
+            )
+        return "\n".join(lines) if len(lines) > 1 else "no steps yet"
+
     def query_heads(self, layer: int) -> np.ndarray:
         """Return `[Hq]` float64: the mean tokens that each query head of a layer kept."""
         lists = [record.b1_query.cpu() for record in self.records if record.layer == layer]
