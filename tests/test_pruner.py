@@ -134,6 +134,26 @@ def test_bounds_that_bind_nothing_are_top_p() -> None:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize("cls", [TopP, BoundedTopP])
+def test_each_layer_may_have_a_p_of_its_own(cls: type[TopP] | type[BoundedTopP]) -> None:
+    geometry = Geometry(3, 4, 2, 8, 4, layer_ids=(2, 5, 6))
+    q, k = torch.randn(1, 4, 8).bfloat16(), torch.randn(1, 2, 8).bfloat16()
+
+    def outputs(pruner: Pruner) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        attention = TwilightAttention(Full(), pruner, 1.0, min_context=0)
+        cache, _, _ = fill(geometry, [60], attention.selector)
+        return [attention.decode(q, k, k, layer)[0] for layer in cache.layers]
+
+    more = {} if cls is TopP else {"min_tokens": 1, "max_tokens": None}
+    mixed = outputs(cls(0.1, layer_p=(0.3, 1.0, 0.8), **more))
+    for nth, p in enumerate((0.3, 1.0, 0.8)):
+        assert torch.equal(mixed[nth], outputs(cls(p, **more))[nth])
+    assert not torch.equal(mixed[0], outputs(cls(1.0, **more))[0])
+    with pytest.raises(ValueError, match="layer_p: expected a p for each of 3 sparse layers, got 2"):
+        outputs(cls(0.9, layer_p=(0.3, 0.8), **more))
+
+
 def test_a_page_tail_brings_the_output_closer_to_dense() -> None:
     """On values that vary little within a page, which is what a page's mean can stand for."""
     errors = {}
@@ -217,6 +237,7 @@ def test_a_plugin_may_bring_a_pruner_with_metadata_of_its_own() -> None:
     ("make", "error", "message"),
     [
         (lambda: BoundedTopP(1.5), ValueError, r"p: expected a float in \(0, 1\], got 1.5"),
+        (lambda: TopP(0.5, (0.5, 1.5)), ValueError, r"layer_p: p: expected a float in \(0, 1\], got 1.5"),
         (lambda: BoundedTopP(0.5, 0), ValueError, "min_tokens: expected at least 1, got 0"),
         (lambda: BoundedTopP(0.5, 64, 32), ValueError, "max_tokens: expected at least min_tokens=64, got 32"),
         (lambda: BoundedTopP(tail="pages"), ValueError, "tail: expected 'none', 'mean', 'page_mean', got 'pages'"),

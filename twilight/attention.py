@@ -181,7 +181,7 @@ class TwilightAttention:
             q,
             *pages,
             budget,
-            pruner.p,
+            pruner.p_of(layer),
             sm_scale=layer.geometry.sm_scale,
             reduce=ranking.reduce,
             lists=self.stats.enabled or self.observer is not None,

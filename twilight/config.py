@@ -247,7 +247,8 @@ def build_pruner(cfg: DictConfig, *, see: str = "twilight decode --help") -> Pru
     name = values.pop("name")
     if name not in PRUNERS:
         raise unknown_name("pruner", name, list(PRUNERS), see=see)
-    return parameters.create(PRUNERS[name], f"pruner '{name}'", values, see=see)
+    cls = PRUNERS[name]
+    return parameters.create(cls, f"pruner '{name}'", parameters.from_config(cls, values), see=see)
 
 
 def build_budget(cfg: DictConfig, *, see: str = "twilight decode --help") -> UniformBudget:

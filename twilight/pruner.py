@@ -66,23 +66,53 @@ class Pruner:
         raise NotImplementedError(f"{type(self).__name__}.__call__")
 
 
+class MassPruner(Pruner):
+    """A pruner with two fields, `p` and `layer_p`, that say which mass to keep: everywhere, or in each sparse layer."""
+
+    p: float
+    layer_p: tuple[float, ...] | None
+
+    def p_of(self, layer: LayerCache) -> float:
+        """Return the mass to keep in a layer.
+
+        Raises:
+            ValueError: there are more or fewer sparse layers than `layer_p` has numbers.
+        """
+        if self.layer_p is None:
+            return self.p
+        layers = layer.geometry.layer_ids
+        if len(layers) != len(self.layer_p):
+            raise ValueError(f"layer_p: expected a p for each of {len(layers)} sparse layers, got {len(self.layer_p)}")
+        return self.layer_p[layers.index(layer.index)]
+
+    def _check_p(self) -> None:
+        check_p(self.p)
+        for p in self.layer_p or ():
+            try:
+                check_p(p)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"layer_p: {error}") from error
+
+
 @dataclass(frozen=True)
-class TopP(Pruner):
+class TopP(MassPruner):
     """Keep the smallest set of candidates whose estimated attention mass reaches `p` (Twilight, section 4.2).
 
     Attributes:
         p: the mass to keep, in (0, 1]; 1 keeps every candidate.
+        layer_p: a p for each sparse layer in order, instead of `p`; None for the same everywhere.
     """
 
     name: ClassVar[str] = "top_p"
     p: float = 0.95
+    layer_p: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_p(self.p)
+        self._check_p()
 
     def __call__(self, logits: torch.Tensor | None, candidates: Selection, layer: LayerCache) -> Pruned:
         assert logits is not None
-        return ops.top_p(logits, candidates, layer.seq_lens, self.p)
+        return ops.top_p(logits, candidates, layer.seq_lens, self.p_of(layer))
 
 
 @dataclass(frozen=True)
@@ -142,7 +172,7 @@ class TailedPruner(Pruner):
 
 
 @dataclass(frozen=True)
-class BoundedTopP(TailedPruner):
+class BoundedTopP(TailedPruner, MassPruner):
     """Top-p with a floor and a ceiling on what a query head keeps, and a tail for what it does not.
 
     Top-p alone spends its tokens on diffuse heads, where hundreds of small weights average out, and starves focused
@@ -154,6 +184,7 @@ class BoundedTopP(TailedPruner):
         max_tokens: keep no more than so many, but for ties at the threshold; None for no ceiling.
         tail: "none", "page_mean" or "mean".
         tail_type: how the page means are kept, "int8" or "native".
+        layer_p: a p for each sparse layer in order, instead of `p`; None for the same everywhere.
     """
 
     name: ClassVar[str] = "bounded_top_p"
@@ -162,16 +193,17 @@ class BoundedTopP(TailedPruner):
     max_tokens: int | None = 256
     tail: str = "none"
     tail_type: str = "int8"
+    layer_p: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_p(self.p)
+        self._check_p()
         check_bounds(self.min_tokens, self.max_tokens)
         self._check_tail()
 
     def __call__(self, logits: torch.Tensor | None, candidates: Selection, layer: LayerCache) -> Pruned:
         assert logits is not None
         pruned = ops.top_p(
-            logits, candidates, layer.seq_lens, self.p,
+            logits, candidates, layer.seq_lens, self.p_of(layer),
             min_tokens=self.min_tokens, max_tokens=self.max_tokens, means=self._means(layer),
         )  # fmt: skip
         return self._finish(pruned, layer)
