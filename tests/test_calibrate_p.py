@@ -85,7 +85,8 @@ def test_calibrate_p_writes_what_it_found(task, capsys):
     assert table[0.78]["tokens"] == pytest.approx(78)
     assert table[0.5]["drop"] == pytest.approx(math.exp(0.32) - 1)
     told = capsys.readouterr().out
-    assert "p.json: p = 0.78 keeps perplexity within 0.05 of dense" in told
+    assert "p.json: p = 0.78 keeps perplexity within 5 % of dense" in told
+    assert "dense: perplexity 2.7183; allowed drop 5 %" in told and "drop  +37.7 %" in told and "+0.3" not in told
 
 
 def test_calibrate_p_draws_what_it_found(task, capsys):
@@ -117,8 +118,12 @@ def test_the_picture_shows_the_drop_and_the_choice(tmp_path, monkeypatch):
             for each, value in qualities.items()
         ]  # fmt: skip
         about = {"metric": metric, "against": "dense", "reference": reference, "allowed_drop": allowed, "p": p}
+        about |= {"lowest_p": 0.5, "budget_used": metric == "facts"}
         choices = {name: {"name": name, "value": 0.25} for name in ("selector", "budget", "model")}
         return {**about, **choices, "measured": rows}
+
+    def legend(panel: Any) -> list[str]:
+        return [text.get_text() for text in panel.get_legend().get_texts()]
 
     which_p.draw(found("perplexity", {0.5: 9.0, 0.8: 2.01, 1.0: 2.0}, 2.0, 0.01, 0.8), tmp_path / "a.png")
     quality, tokens = drawn[0].axes
@@ -129,10 +134,19 @@ def test_the_picture_shows_the_drop_and_the_choice(tmp_path, monkeypatch):
     assert [text.get_text() for text in tokens.texts] == ["p = 0.8: 80 tokens, 10.0 % of the KV bytes"]
     rings = [line.get_xydata()[0].tolist() for line in quality.get_lines() if line.get_markersize() == 14]
     assert rings == [[0.8, 2.01]]
-    assert "p = 0.8 keeps perplexity within 1 % of dense" in drawn[0].get_suptitle()
+    assert drawn[0].get_suptitle() == "p = 0.8 keeps perplexity within 1 % of dense\nmodel, selector"
+    assert [panel.get_xlim() for panel in drawn[0].axes] == [pytest.approx((0.48, 1))] * 2
+    assert legend(quality) == ["dense: 2", "allowed: 2.02", "holds", "does not hold", "p = 0.8"]
     which_p.draw(found("facts", {1.0: 0.5}, 1.0, 0.1, None), tmp_path / "b.png")
-    assert "No p keeps facts within 0.1 of dense" in drawn[1].get_suptitle()
-    assert drawn[1].axes[0].get_ylim() == (-0.03, 1.05)
+    assert "No p keeps facts within 10 percentage points of dense" in drawn[1].get_suptitle()
+    quality = drawn[1].axes[0]
+    assert quality.get_ylim() == (-0.03, 1.05) and quality.get_xlim()[1] == 1
+    assert legend(quality) == ["dense: 1", "allowed: 0.9", "does not hold"]
+    (said,) = [text.get_text() for text in quality.texts]
+    assert "p = 1 itself loses 50 percentage points: the selector's own loss" in said and "--against unpruned" in said
+    which_p.draw(found("facts", {0.5: 1.0, 1.0: 1.0}, 1.0, 0.0, 0.5), tmp_path / "c.png")
+    assert "p = 0.5, the smallest that is tried, keeps facts within 0 percentage" in drawn[2].get_suptitle()
+    assert "budget 0.25" in drawn[2].get_suptitle()
 
 
 def test_without_matplotlib_the_answer_is_given_still(task, monkeypatch, capsys):
@@ -146,11 +160,37 @@ def test_without_matplotlib_the_answer_is_given_still(task, monkeypatch, capsys)
 
 
 def test_what_the_selector_loses_is_no_ps_fault(task, capsys):
-    assert main(["--drop", "0.01", "--out", "dense.json"]) == 1
-    assert "the selector's own loss" in capsys.readouterr().out
+    assert main(["--drop", "0.015", "task.seed=3", "--out", "dense.json", "budget=0.3"]) == 1
+    told = capsys.readouterr().out
+    assert "no p keeps perplexity within 1.5 % of dense" in told
+    assert "p = 1 itself loses 2.02 %: the selector's own loss" in told
+    # What to run next is what was run, but for what is to be changed.
+    same = "    twilight calibrate p --drop 0.015"
+    assert f"{same} --against unpruned --out dense.json task.seed=3 budget=0.3\n" in told
+    assert f"{same} --out dense.json task.seed=3 budget=0.6\n" in told
     assert json.loads(Path("dense.json").read_text())["p"] is None
     assert main(["--drop", "0.01", "--against", "unpruned"]) == 0
     assert json.loads(Path("p.json").read_text())["p"] == 0.8
+
+
+def test_a_selector_without_a_budget_is_offered_none(task, capsys):
+    assert main(["--selector", "full"]) == 1
+    told = capsys.readouterr().out
+    assert "--selector full --against unpruned" in told and "budget" not in told
+    assert json.loads(Path("p.json").read_text())["budget_used"] is False
+
+
+def test_the_smallest_that_is_tried_is_said_to_be(task, capsys):
+    assert main(["--drop", "0.9"]) == 0
+    assert "p = 0.5, the smallest that is tried, keeps perplexity within 90 % of dense" in capsys.readouterr().out
+
+
+def test_help_says_defaults_and_what_is_relative(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for part in ("(default perplexity)", "(default dense)", "0.01, the default,", "(relative)", "(absolute)"):
+        assert part in said
 
 
 @pytest.mark.parametrize(

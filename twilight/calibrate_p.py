@@ -7,8 +7,10 @@ holds but for noise: every p that was measured is in the table, with what it kep
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,10 +18,12 @@ from typing import Any
 
 from twilight.errors import MissingExtraError
 from twilight.reporting import style, which_p
+from twilight.reporting.which_p import lost_text, quality_text
 
 METRICS = ("perplexity", "facts")
 LOWEST, HIGHEST = 50, 100
 """Of p, in hundredths: below one half a head may keep a single token."""
+MOST_RUNS = 2 + math.ceil(math.log2(HIGHEST - LOWEST))
 
 
 @dataclass(frozen=True)
@@ -103,17 +107,32 @@ def main(argv: Sequence[str]) -> int:
     """Run ``twilight calibrate p ...``; return the exit status, 1 if no p keeps the quality."""
     parser = argparse.ArgumentParser(
         prog="twilight calibrate p",
-        description="Find the smallest p, to a hundredth, that keeps quality within a drop.",
+        description=f"Find the smallest p, to a hundredth, from {LOWEST / 100:g} on, that keeps quality within a drop.",
         epilog="More options are those of the command line: budget=0.5 task.context=4096 …",
     )
     parser.add_argument("--model", default="tiny", help="local folder or hub name; 'tiny' by default")
     parser.add_argument("--selector", default="quest", help="the selector (default quest)")
-    parser.add_argument("--metric", choices=METRICS, default="perplexity", help="what quality is")
+    parser.add_argument(
+        "--metric",
+        choices=METRICS,
+        default="perplexity",
+        help="what quality is, of a text or as a share of planted facts answered (default perplexity)",
+    )
     parser.add_argument("--text", help="UTF-8 text file to measure perplexity on; held-out Python source by default")
     parser.add_argument(
-        "--drop", type=float, default=0.01, help="allowed: 0.01 is 1 %% of perplexity, 0.01 of accuracy"
+        "--drop",
+        type=float,
+        default=0.01,
+        help="allowed loss, a fraction: 0.01, the default, is 1 %% of what perplexity is compared with "
+        "(relative), or 1 percentage point of the facts answered (absolute)",
     )
-    parser.add_argument("--against", choices=["dense", "unpruned"], default="dense", help="what to compare with")
+    parser.add_argument(
+        "--against",
+        choices=["dense", "unpruned"],
+        default="dense",
+        help="what to compare with: dense attention, or the selector at p = 1, which leaves out what "
+        "the selector itself loses (default dense)",
+    )
     parser.add_argument("--out", help="JSON file to write; p.json in the current folder by default")
     parser.add_argument("--plot", help="picture to write, .png, .svg or .pdf; by default that of --out with .png")
     parser.add_argument("overrides", nargs="*", help="options of `twilight run`")
@@ -146,14 +165,35 @@ def main(argv: Sequence[str]) -> int:
         print(f"{plot}: quality and tokens kept against p")
     except MissingExtraError as error:
         print(f"note: {error}")
-    best = found["p"]
-    if best is None:
-        lost = found["measured"][-1]["drop"]
-        print(f"{out}: no p keeps {args.metric} within {args.drop:g}: p = 1 loses {lost:.4f}, the selector's own loss")
-        print("  a larger budget=… proposes more; --against unpruned measures what pruning alone loses")
-        return 1
-    print(f"{out}: p = {best:g} keeps {args.metric} within {args.drop:g} of {args.against}")
-    return 0
+    print(f"{out}: {which_p.answer(found)}")
+    if found["p"] is not None:
+        return 0
+    print(f"  {which_p.own_loss(found)}; next, to see what pruning alone loses:")
+    print(f"    {_command(parser, args, against='unpruned')}")
+    more = _more(found["budget"]) if found["budget_used"] else None
+    if more is not None:
+        print("  or, so that the selector proposes more:")
+        kept = [word for word in args.overrides if not word.startswith(("budget=", "budget.value="))]
+        print(f"    {_command(parser, args, overrides=[*kept, f'budget={more:g}'])}")
+    return 1
+
+
+def _command(parser: argparse.ArgumentParser, args: argparse.Namespace, **changed: Any) -> str:
+    """Return the command line of `args`, but for what is changed."""
+    words = ["twilight", "calibrate", "p"]
+    for name in ("model", "selector", "metric", "text", "drop", "against", "out", "plot"):
+        value = changed.get(name, getattr(args, name))
+        if value != parser.get_default(name):
+            words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+    return shlex.join([*words, *changed.get("overrides", args.overrides)])
+
+
+def _more(budget: dict[str, Any]) -> float | None:
+    """Return the double of a budget that is one number for all, None if it is not or is everything."""
+    value = budget.get("value")
+    if budget["name"] not in ("fixed", "fraction") or value is None or (budget["name"] == "fraction" and value >= 1):
+        return None
+    return min(1.0, 2 * float(value)) if budget["name"] == "fraction" else 2 * float(value)
 
 
 def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str) -> dict[str, Any]:
@@ -169,21 +209,27 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         The search as plain data; its ``p`` is None if no p holds.
     """
     from twilight import running, runs
-    from twilight.config import CONFIG_NAMES
+    from twilight.config import CONFIG_NAMES, build_selector
+    from twilight.evaluation.session import hearing
     from twilight.overrides import check, expand_budget
+    from twilight.progress import Doing
 
     results: dict[float, list[dict[str, Any]]] = {}
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
+    budget_used = True
 
     def rows(p: float) -> list[dict[str, Any]]:
+        nonlocal budget_used
         if p not in results:
             job = expand_budget([*words, f"p={p}"])
             (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"], verb="run")
             config.update(runs.run_config(cfg))
             if config["p"] != p:
                 raise ValueError(f"pruner={config['pruner']['name']}: it has no p to calibrate")
-            results[p] = running.task_module(config["task"]["name"]).run(cfg).rows
+            with Doing(f"p = {p:.2f}, run {len(results) + 1} of at most {MOST_RUNS}") as doing, hearing(doing.say):
+                results[p] = running.task_module(config["task"]["name"]).run(cfg).rows
+            budget_used = build_selector(cfg).contract().budget
             provenance.update(running.provenance(cfg))
         return results[p]
 
@@ -192,8 +238,8 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         return quality_of(metric, mine, "twilight"), _mean(mine, "b1_query"), _mean(mine, "kv_fraction")
 
     reference = quality_of(metric, rows(1.0), "dense" if against == "dense" else "twilight")
-    print(f"{against}: {metric} {reference:.4f}; allowed drop {allowed:g}")
-    search = Search(metric, reference, allowed, measure, tell=_tell)
+    print(f"{against}: {metric} {quality_text(metric, reference)}; allowed drop {lost_text(metric, allowed)}")
+    search = Search(metric, reference, allowed, measure, tell=functools.partial(_tell, metric))
     best = search.smallest()
     first = rows(1.0)[0]
     return {
@@ -203,6 +249,8 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         "reference": reference,
         "allowed_drop": allowed,
         "p": best,
+        "lowest_p": LOWEST / 100,
+        "budget_used": budget_used,
         **{name: config[name] for name in ("selector", "pruner", "budget", "model", "task")},
         "text": first.get("text"),
         "seed": config["task"].get("seed"),
@@ -211,10 +259,11 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
     }
 
 
-def _tell(each: Measured) -> None:
+def _tell(metric: str, each: Measured) -> None:
     tokens = "" if each.tokens is None else f"  {each.tokens:8.1f} tokens a query head"
-    fraction = "" if each.kv_fraction is None else f"  {each.kv_fraction:6.1%} of the KV bytes"
-    print(f"p = {each.p:.2f}  quality {each.quality:9.4f}  drop {each.drop:+.4f}{tokens}{fraction}", flush=True)
+    fraction = "" if each.kv_fraction is None else f"  {100 * each.kv_fraction:5.1f} % of the KV bytes"
+    quality, lost = quality_text(metric, each.quality), lost_text(metric, each.drop, sign="+")
+    print(f"p = {each.p:.2f}  {metric} {quality:>8}  drop {lost:>8}{tokens}{fraction}", flush=True)
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:

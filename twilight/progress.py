@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs, and its summary: read off the folders of its runs."""
+"""What a sweep shows while it runs, and its summary, read off the folders of its runs; what one long run is at."""
 
 from __future__ import annotations
 
@@ -26,6 +26,33 @@ METRICS = (
     "b1_query", "b1_group", "kv_fraction",
 )  # fmt: skip
 """Columns that a summary shows where rows have them."""
+
+
+class Doing:
+    """Says on standard error what one long run is at: on a terminal in a line that changes, else once in a while."""
+
+    def __init__(self, what: str, *, every: float = 10.0, console: Console | None = None) -> None:
+        self._what, self._every = what, every
+        self._console = Console(stderr=True) if console is None else console
+        self._status = self._console.status(escape(what)) if self._console.is_terminal else None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Doing:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def say(self, detail: str) -> None:
+        text, now = f"{self._what}: {detail}", time.monotonic()
+        if self._status is not None:
+            self._status.update(escape(text))
+        elif now - self._said >= self._every:
+            self._said = now
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Watch:

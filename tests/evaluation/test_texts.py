@@ -20,11 +20,22 @@ class Bytes:
     def __init__(self, begin=()):
         self.begin = list(begin)
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": (self.begin if add_special_tokens else []) + list(text.encode())}
 
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def test_a_long_text_that_is_cut_is_no_reason_to_warn(tmp_path):
+    class Strict(Bytes):
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            assert not verbose or len(text) < 10, "longer than the specified maximum"
+            return super().__call__(text, add_special_tokens)
+
+    file = tmp_path / "long.txt"
+    file.write_text("abc" * 100)
+    assert read_windows(str(file), Strict(), 2, 5).tokens.shape == (2, 5)
 
 
 def test_windows_follow_each_other_and_begin_as_a_text_does(tmp_path):

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from twilight.reporting.collect import collect
-from twilight.reporting.metrics import Metric, wilson
+from twilight.reporting.metrics import Metric, wilson_interval
 from twilight.reporting.points import Choice, Point, pareto, points, representatives
 from twilight.reporting.settings import Setting
 from twilight.reporting.table import merge
@@ -62,7 +62,9 @@ def test_shares_are_pooled_by_question_over_kinds_and_depths(tmp_path, fake):
     fake.write(tmp_path, fake.config("facts", "quest", 0.9), rows)
     (found,) = points(rows_of(tmp_path), Metric("facts", "accuracy", "", True))
     assert (found.value, found.dense, found.num_rows) == (21 / 40, 25 / 40, 2)
-    assert found.error == pytest.approx(wilson(21, 40)) and found.dense_error == pytest.approx(wilson(25, 40))
+    assert found.bar == pytest.approx(wilson_interval(21, 40)) and found.dense_bar == pytest.approx(
+        wilson_interval(25, 40)
+    )
     assert found.tokens == 150 and found.panel == (("context", 64),)
 
 
@@ -81,7 +83,7 @@ def test_errors_of_means_shrink_with_the_number_of_rows(tmp_path, fake):
         row = {"context": 64, "text": "a", "bits_per_byte": 1.0 + seed, "delta_stderr": 0.1}
         fake.write(tmp_path, fake.config("perplexity", "quest", 0.9, seed=seed), [row])
     (found,) = points(rows_of(tmp_path), Metric("perplexity", "bits_per_byte", "", False))
-    assert found.value == 2.5 and found.error == pytest.approx(0.05)
+    assert found.value == 2.5 and found.bar == pytest.approx((2.5 - 1.96 * 0.05, 2.5 + 1.96 * 0.05))
 
 
 def test_an_error_that_one_row_lacks_is_no_error_of_the_point(tmp_path, fake):
@@ -89,7 +91,7 @@ def test_an_error_that_one_row_lacks_is_no_error_of_the_point(tmp_path, fake):
         row = {"context": 64, "text": "a", "bits_per_byte": 1.0, "delta_stderr": error}
         fake.write(tmp_path, fake.config("perplexity", "quest", 0.9, seed=seed), [row])
     (found,) = points(rows_of(tmp_path), Metric("perplexity", "bits_per_byte", "", False))
-    assert found.num_rows == 2 and found.error is None
+    assert found.num_rows == 2 and found.bar is None
 
 
 def test_without_dense_on_all_of_the_questions_there_is_no_comparison(tmp_path, fake):

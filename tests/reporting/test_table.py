@@ -11,7 +11,7 @@ import math
 import pytest
 
 from twilight.reporting.collect import collect
-from twilight.reporting.metrics import Metric, wilson
+from twilight.reporting.metrics import Metric, wilson, wilson_interval
 from twilight.reporting.settings import labels
 from twilight.reporting.table import compare, merge, save
 
@@ -112,6 +112,9 @@ def test_wilsons_error_is_half_of_its_interval():
     # Wilson's interval of 8 of 10 is [0.4902, 0.9433]; of 10 of 10 it is [0.7225, 1].
     assert 2 * 1.96 * wilson(8, 10) == pytest.approx(0.9433 - 0.4902, abs=2e-4)
     assert 2 * 1.96 * wilson(10, 10) == pytest.approx(1 - 0.7225, abs=2e-4)
+    for correct, asked, ends in ((8, 10, (0.4902, 0.9433)), (2, 8, (0.0715, 0.5907)), (8, 8, (0.6756, 1))):
+        assert wilson_interval(correct, asked) == pytest.approx(ends, abs=2e-4)
+    assert wilson_interval(0, 8)[0] == 0 and wilson_interval(8, 8)[1] == 1
 
 
 def test_ragged_rows_and_values_that_are_none_do_no_harm(tmp_path, fake):

@@ -6,6 +6,7 @@ Runs of a sweep that differ in p or in the pruner share both: a context is read 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -55,6 +56,7 @@ class Session:
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
+        _say(f"reads {tokens.numel():,} tokens")
         cache = self.handle.cache()
         self.model(tokens.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self._kept[key] = cache
@@ -87,10 +89,10 @@ class Session:
                 pass  # a sliding window, say: the same steps, launched one by one
             else:
                 with captured:
-                    yield lambda ids: captured(ids)[:, -1]
+                    yield _counted(lambda ids: captured(ids)[:, -1], count)
                 return
         with torch.no_grad():
-            yield eager(self.model, cache)
+            yield _counted(eager(self.model, cache), count)
 
     @contextlib.contextmanager
     def measuring(self, method: str, pruner: Pruner | None = None) -> Iterator[Reading]:
@@ -117,6 +119,35 @@ class Session:
 def eager(model: Any, cache: Any) -> Step:
     """Return a `Step` that calls the model."""
     return lambda ids: model(ids[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+_HEARERS: list[Callable[[str], None]] = []
+
+
+@contextlib.contextmanager
+def hearing(hear: Callable[[str], None]) -> Iterator[None]:
+    """Meanwhile call `hear` with what is being done, whatever session does it: a run may take minutes."""
+    _HEARERS.append(hear)
+    try:
+        yield
+    finally:
+        _HEARERS.remove(hear)
+
+
+def _say(text: str) -> None:
+    for hear in _HEARERS:
+        hear(text)
+
+
+def _counted(step: Step, count: int) -> Step:
+    """Return `step`, which says at each call how many of `count` have been made."""
+    numbers = itertools.count(1)
+
+    def counted(ids: torch.Tensor) -> torch.Tensor:
+        _say(f"token {next(numbers)} of {count}" + (f", {len(ids)} at once" if len(ids) > 1 else ""))
+        return step(ids)
+
+    return counted if _HEARERS else step
 
 
 _OPEN: dict[str, Session] = {}

@@ -61,7 +61,8 @@ def read_windows(
     wanted = windows * (length - len(begin))
     ids: list[int] = []
     for text in _growing(source, 2 * wanted, seed, split, column, subset):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: a text is longer than the model's positions, of which the tokenizer warns, until it is cut.
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= wanted:
             break
     if len(ids) < wanted:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Z = 1.96
-"""Error bars are 95 % intervals: this many standard errors to each side."""
+"""Error bars are 95 % intervals: this many standard errors to each side, but for shares, whose sides differ."""
 
 _WORSE_IF_MORE = ("perplexity", "bits", "loss", "error", "nll")
 
@@ -90,21 +90,44 @@ def wilson(correct: float, asked: float) -> float:
     return math.sqrt(share * (1 - share) / asked + Z**2 / (4 * asked**2)) / (1 + Z**2 / asked)
 
 
+def wilson_interval(correct: float, asked: float) -> tuple[float, float]:
+    """Return the ends of Wilson's 95 % interval of a share, which lie within 0 and 1 and not evenly about the share."""
+    middle = (correct / asked + Z**2 / (2 * asked)) / (1 + Z**2 / asked)
+    half = Z * wilson(correct, asked)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def pooled(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float | None]:
     """Return the value of several rows together, and its standard error if they have one.
 
     Shares of questions are pooled by question; other metrics are means over rows that count the same.
     """
     if metric.column == "accuracy":
-        counts = [(number(row.get("correct")), number(row.get("asked"))) for row in rows]
-        if all(correct is not None and asked for correct, asked in counts):
-            correct, asked = (sum(each[place] or 0.0 for each in counts) for place in (0, 1))
-            return correct / asked, wilson(correct, asked)
+        counts = _counts(rows)
+        if counts is not None:
+            return counts[0] / counts[1], wilson(*counts)
     values = [value for value in (number(row.get(metric.column)) for row in rows) if value is not None]
     errors = [stderr(metric, row) for row in rows]
     known = [error for error in errors if error is not None]
     error = math.sqrt(sum(each**2 for each in known)) / len(rows) if len(known) == len(rows) else None
     return sum(values) / len(values), error
+
+
+def interval(metric: Metric, rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return the ends of the 95 % interval of what `pooled` returns, None without an error."""
+    counts = _counts(rows) if metric.column == "accuracy" else None
+    if counts is not None:
+        return wilson_interval(*counts)
+    value, error = pooled(metric, rows)
+    return None if error is None else (value - Z * error, value + Z * error)
+
+
+def _counts(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Return how many answers of several rows are right, and of how many; None if one does not say."""
+    counts = [(number(row.get("correct")), number(row.get("asked"))) for row in rows]
+    if not all(correct is not None and asked for correct, asked in counts):
+        return None
+    return sum(correct or 0.0 for correct, _ in counts), sum(asked or 0.0 for _, asked in counts)
 
 
 def stderr(metric: Metric, row: Mapping[str, Any]) -> float | None:

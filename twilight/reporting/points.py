@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import Metric, number, pooled, too_good
+from .metrics import Metric, interval, number, pooled, too_good
 from .settings import Setting
 from .table import Row
 
@@ -52,8 +52,8 @@ class Point:
 
     Attributes:
         tokens: what a kv head reads a step, mean; None if the rows do not say.
-        value, error: the metric and its standard error.
-        dense, dense_error: the same of dense attention, of the same questions.
+        value, bar: the metric and the ends of its 95 % interval.
+        dense, dense_bar: the same of dense attention, of the same questions.
         flag: what to say if it is too good to be believed.
         num_rows: how many rows were pooled.
     """
@@ -64,9 +64,9 @@ class Point:
     tokens: float | None
     seq_len: float | None
     value: float
-    error: float | None
+    bar: tuple[float, float] | None
     dense: float | None
-    dense_error: float | None
+    dense_bar: tuple[float, float] | None
     flag: str
     num_rows: int
 
@@ -93,12 +93,13 @@ def points(rows: Iterable[Row], metric: Metric) -> list[Point]:
         value, error = pooled(metric, values)
         others = [dense[row.key()].values for row in group if row.key() in dense]
         # Half of the questions are not the same questions.
-        base, base_error = pooled(metric, others) if len(others) == len(group) else (None, None)
+        whole = len(others) == len(group)
+        base, base_error = pooled(metric, others) if whole else (None, None)
         flag = too_good(metric, value, error, base, base_error)
         found.append(
             Point(
                 where, panel, how, _mean(map(tokens_read, values)), _mean(number(row.get("seq_len")) for row in values),
-                value, error, base, base_error, flag, len(group),
+                value, interval(metric, values), base, interval(metric, others) if whole else None, flag, len(group),
             )
         )  # fmt: skip
     return found

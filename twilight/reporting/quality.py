@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import style
-from .metrics import Metric, Z
+from .metrics import Metric
 from .points import Choice, Panel, Point, pareto
 from .settings import Setting
 from .style import Picture, Series
@@ -149,10 +149,15 @@ def _curves(
         )  # fmt: skip
 
 
-def _bars(points: Sequence[Point], barred: Sequence[Point]) -> list[float] | None:
-    bars = [0.0 if point.error is None or point not in barred else Z * point.error for point in points]
-    # No bar rather than one of no length, whose caps would stand across the marker.
-    return [bar or math.nan for bar in bars] if any(bars) else None
+def _bars(points: Sequence[Point], barred: Sequence[Point]) -> list[list[float]] | None:
+    """Return how far error bars reach, down in the first list and up in the second."""
+    down, up = [], []
+    for point in points:
+        low, high = point.bar if point in barred and point.bar is not None else (point.value, point.value)
+        # No bar rather than one of no length, whose caps would stand across the marker. Rounding makes none negative.
+        down.append(max(0.0, point.value - low) if low < high else math.nan)
+        up.append(max(0.0, high - point.value) if low < high else math.nan)
+    return None if all(map(math.isnan, down)) else [down, up]
 
 
 def _most_tokens(points: Sequence[Point]) -> list[Point]:
@@ -162,15 +167,15 @@ def _most_tokens(points: Sequence[Point]) -> list[Point]:
 
 
 def _dense(panel: Any, inside: Sequence[Point]) -> None:
-    """Draw dense attention as a line, and its error as a band; nothing if it was not measured or is not one value."""
-    found = {(point.dense, point.dense_error) for point in inside if point.dense is not None}
+    """Draw dense attention as a line, its interval as a band; nothing if it was not measured or is not one value."""
+    found = {(point.dense, point.dense_bar) for point in inside if point.dense is not None}
     if len({value for value, _ in found}) != 1:
         return
-    ((value, error), *_) = sorted(found, key=lambda each: each[1] is None)
+    ((value, bar), *_) = sorted(found, key=lambda each: each[1] is None)
     assert value is not None
     panel.axhline(value, color="black", linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-    if error:
-        panel.axhspan(value - Z * error, value + Z * error, color="black", alpha=0.06, linewidth=0, zorder=0)
+    if bar and bar[0] < bar[1]:
+        panel.axhspan(*bar, color="black", alpha=0.06, linewidth=0, zorder=0)
 
 
 def _scale(
@@ -355,11 +360,12 @@ def _pooled(points: Sequence[Point]) -> str:
 
 
 def _errors(points: Sequence[Point], metric: Metric, *, few: bool = False) -> str:
-    if all(point.error is None for point in points):
+    if all(point.bar is None for point in points):
         return " These runs give no error bars."
     what = "of the difference to dense on the same tokens" if metric.column == "bits_per_byte" else "of the value"
     where = ". So that curves can be told apart, each has one only where it reads most after pruning" if few else ""
-    return f" Error bars are 95 % intervals {what}{where}."
+    shares = ": of shares Wilson's, longer towards one half" if metric.column == "accuracy" else ""
+    return f" Error bars are 95 % intervals {what}{shares}{where}."
 
 
 def _legend_width(points: Sequence[Point]) -> float:
