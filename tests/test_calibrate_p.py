@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from twilight import running
-from twilight.calibrate_p import Search, drop, main, quality_of
+from twilight.calibrate_p import Search, drop, lower_layers, main, quality_of
 from twilight.cli import main as twilight
 from twilight.reporting import which_p
 
@@ -33,6 +33,20 @@ def test_the_ends():
     worse = Search("perplexity", 1.9, 0.01, lambda p: (2.0, None, None))
     assert worse.smallest() is None
     assert list(worse.measured) == [100]
+
+
+def test_layers_are_lowered_one_after_the_other():
+    """What may be lost in all is spent on the first layers; the second cannot be lowered at all."""
+    tried = []
+
+    def holds(ps):
+        tried.append(ps)
+        return ps[1] == 90 and sum(90 - p for p in ps) <= 55
+
+    assert lower_layers(90, 3, holds) == (50, 90, 75)
+    assert len(tried) == len(set(tried)) <= 12
+    assert lower_layers(90, 2, lambda ps: False) == (90, 90)
+    assert lower_layers(50, 2, holds) == (50, 50)
 
 
 def test_a_drop_is_relative_for_perplexity_and_absolute_for_facts():
@@ -59,9 +73,11 @@ def task(site, monkeypatch, tmp_path) -> list[float]:
     ran: list[float] = []
 
     def run(cfg: Any) -> Any:
-        ran.append(cfg.pruner.p)
-        nll = 1.02 + max(0.0, 0.8 - cfg.pruner.p)
-        row = {"text": "book abc", "scored_tokens": 10, "b1_query": 100 * cfg.pruner.p, "kv_fraction": 0.1}
+        ps = cfg.pruner.layer_p or [cfg.pruner.p]
+        ran.append(cfg.pruner.p if len(ps) == 1 else tuple(ps))
+        nll = 1.02 + max(0.0, 0.8 - sum(ps) / len(ps))
+        row = {"text": "book abc", "scored_tokens": 10, "b1_query": 100 * sum(ps) / len(ps), "kv_fraction": 0.1}
+        row["sparse_layers"] = 2
         return SimpleNamespace(rows=[{**row, "method": "dense", "nll": 1.0}, {**row, "method": "twilight", "nll": nll}])
 
     # Two tasks of the names that are asked for, should the package have none.
@@ -87,6 +103,18 @@ def test_calibrate_p_writes_what_it_found(task, capsys):
     told = capsys.readouterr().out
     assert "p.json: p = 0.78 keeps perplexity within 5 % of dense" in told
     assert "dense: perplexity 2.7183; allowed drop 5 %" in told and "drop  +37.7 %" in told and "+0.3" not in told
+
+
+def test_a_p_for_each_layer(task, capsys):
+    assert twilight(["calibrate", "p", "--drop", "0.08", "--layers"]) == 0
+    found = json.loads(Path("p.json").read_text())
+    # exp(0.02 + 0.8 - p) <= 1.08 from a mean of 0.7431 on: 0.75 everywhere, and no layer may be lowered alone.
+    assert found["p"] == 0.75 and found["layer_p"] == [0.75, 0.75]
+    assert twilight(["calibrate", "p", "--drop", "0.2", "--layers"]) == 0
+    found = json.loads(Path("p.json").read_text())
+    # From 0.6377 on: 0.64 everywhere; a layer at 0.6 makes the mean 0.62.
+    assert found["p"] == 0.64 and found["layer_p"] == [0.64, 0.64] and (0.6, 0.64) in task
+    assert "pruner.layer_p=[0.64,0.64]" in capsys.readouterr().out
 
 
 def test_calibrate_p_draws_what_it_found(task, capsys):

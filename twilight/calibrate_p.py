@@ -24,6 +24,8 @@ METRICS = ("perplexity", "facts")
 LOWEST, HIGHEST = 50, 100
 """Of p, in hundredths: below one half a head may keep a single token."""
 MOST_RUNS = 2 + math.ceil(math.log2(HIGHEST - LOWEST))
+LAYER_STEP = 5
+"""Hundredths between what is tried of one layer's p: less shows in no quality."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,32 @@ class Search:
         return good / 100
 
 
+def lower_layers(best: int, layers: int, holds: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
+    """Lower the p of one layer after the other, as far as quality holds with the others as they are.
+
+    Args:
+        best: hundredths that hold in all layers.
+        layers: how many.
+        holds: says whether such numbers of all layers do.
+
+    Returns:
+        For each layer, hundredths.
+    """
+    steps = [*range(LOWEST, best, LAYER_STEP), best]
+    found = [best] * layers
+    for layer in range(layers):
+        bad, good = -1, len(steps) - 1
+        while good - bad > 1:
+            middle = (bad + good) // 2
+            found[layer] = steps[middle]
+            if holds(tuple(found)):
+                good = middle
+            else:
+                bad = middle
+        found[layer] = steps[good]
+    return tuple(found)
+
+
 def drop(metric: str, quality: float, reference: float) -> float:
     """Return by how much `quality` is worse than `reference`; negative if it is better."""
     return quality / reference - 1 if metric == "perplexity" else reference - quality
@@ -133,6 +161,9 @@ def main(argv: Sequence[str]) -> int:
         help="what to compare with: dense attention, or the selector at p = 1, which leaves out what "
         "the selector itself loses (default dense)",
     )
+    parser.add_argument(
+        "--layers", action="store_true", help="then lower the p of one layer after the other; some five runs a layer"
+    )
     parser.add_argument("--out", help="JSON file to write; p.json in the current folder by default")
     parser.add_argument("--plot", help="picture to write, .png, .svg or .pdf; by default that of --out with .png")
     parser.add_argument("overrides", nargs="*", help="options of `twilight run`")
@@ -157,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
         words += ["model=hf", f"model.path='{args.model}'"]
     if args.text is not None:
         words.append(f"task.text='{args.text}'")
-    found = calibrate(words, metric=args.metric, allowed=args.drop, against=args.against)
+    found = calibrate(words, metric=args.metric, allowed=args.drop, against=args.against, layers=args.layers)
     out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     try:
         style.check_matplotlib("plots", "a picture of it")
@@ -166,6 +197,8 @@ def main(argv: Sequence[str]) -> int:
     except MissingExtraError as error:
         print(f"note: {error}")
     print(f"{out}: {which_p.answer(found)}")
+    if found["layer_p"] is not None:
+        print(f"  pruner.layer_p={json.dumps(found['layer_p'], separators=(',', ':'))}")
     if found["p"] is not None:
         return 0
     print(f"  {which_p.own_loss(found)}; next, to see what pruning alone loses:")
@@ -185,6 +218,7 @@ def _command(parser: argparse.ArgumentParser, args: argparse.Namespace, **change
         value = changed.get(name, getattr(args, name))
         if value != parser.get_default(name):
             words += [f"--{name}", f"{value:g}" if isinstance(value, float) else value]
+    words += ["--layers"] if args.layers else []
     return shlex.join([*words, *changed.get("overrides", args.overrides)])
 
 
@@ -196,7 +230,9 @@ def _more(budget: dict[str, Any]) -> float | None:
     return min(1.0, 2 * float(value)) if budget["name"] == "fraction" else 2 * float(value)
 
 
-def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str) -> dict[str, Any]:
+def calibrate(
+    words: Sequence[str], *, metric: str, allowed: float, against: str, layers: bool = False
+) -> dict[str, Any]:
     """Search for p under a configuration, printing what is measured.
 
     Args:
@@ -204,9 +240,10 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         metric: ``"perplexity"`` or ``"facts"``.
         allowed: the drop that is allowed.
         against: ``"dense"``, or ``"unpruned"``: the selector with p = 1.
+        layers: go on from there with a p for each layer.
 
     Returns:
-        The search as plain data; its ``p`` is None if no p holds.
+        The search as plain data; its ``p`` is None if no p holds, and ``layer_p`` if it was not asked for.
     """
     from twilight import running, runs
     from twilight.config import CONFIG_NAMES, build_selector
@@ -214,27 +251,30 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
     from twilight.overrides import check, expand_budget
     from twilight.progress import Doing
 
-    results: dict[float, list[dict[str, Any]]] = {}
+    results: dict[tuple[float, ...], list[dict[str, Any]]] = {}
     config: dict[str, Any] = {}
     provenance: dict[str, Any] = {}
     budget_used = True
 
-    def rows(p: float) -> list[dict[str, Any]]:
+    def rows(*ps: float) -> list[dict[str, Any]]:
         nonlocal budget_used
-        if p not in results:
-            job = expand_budget([*words, f"p={p}"])
+        if ps not in results:
+            p = max(ps)
+            each = [f"pruner.layer_p={list(ps)}"] if len(ps) > 1 else []
+            job = expand_budget([*words, f"p={p}", *each])
             (cfg,) = check(job, multirun=False, config_name=CONFIG_NAMES["run"], verb="run")
             config.update(runs.run_config(cfg))
             if config["p"] != p:
                 raise ValueError(f"pruner={config['pruner']['name']}: it has no p to calibrate")
-            with Doing(f"p = {p:.2f}, run {len(results) + 1} of at most {MOST_RUNS}") as doing, hearing(doing.say):
-                results[p] = running.task_module(config["task"]["name"]).run(cfg).rows
+            what = f"p = {p:.2f}, run {len(results) + 1} of at most {MOST_RUNS}" if not each else f"p = {list(ps)}"
+            with Doing(what) as doing, hearing(doing.say):
+                results[ps] = running.task_module(config["task"]["name"]).run(cfg).rows
             budget_used = build_selector(cfg).contract().budget
             provenance.update(running.provenance(cfg))
-        return results[p]
+        return results[ps]
 
-    def measure(p: float) -> tuple[float, float | None, float | None]:
-        mine = [row for row in rows(p) if row.get("method") == "twilight"]
+    def measure(*ps: float) -> tuple[float, float | None, float | None]:
+        mine = [row for row in rows(*ps) if row.get("method") == "twilight"]
         return quality_of(metric, mine, "twilight"), _mean(mine, "b1_query"), _mean(mine, "kv_fraction")
 
     reference = quality_of(metric, rows(1.0), "dense" if against == "dense" else "twilight")
@@ -242,6 +282,19 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
     search = Search(metric, reference, allowed, measure, tell=functools.partial(_tell, metric))
     best = search.smallest()
     first = rows(1.0)[0]
+    layer_p, lowered = None, []
+    if layers and best is not None:
+
+        def holds(hundredths: tuple[int, ...]) -> bool:
+            ps = tuple(each / 100 for each in hundredths)
+            quality, tokens, fraction = measure(*(ps if len(set(ps)) > 1 else ps[:1]))
+            lost = drop(metric, quality, reference)
+            lowered.append(asdict(Measured(max(ps), quality, lost, tokens, fraction)) | {"layer_p": list(ps)})
+            _tell(metric, Measured(max(ps), quality, lost, tokens, fraction), list(ps))
+            return lost <= allowed
+
+        count = int(next(row for row in rows(1.0) if row.get("method") == "twilight")["sparse_layers"])
+        layer_p = [each / 100 for each in lower_layers(round(100 * best), count, holds)]
     return {
         "method": "p",
         "metric": metric,
@@ -249,6 +302,7 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         "reference": reference,
         "allowed_drop": allowed,
         "p": best,
+        "layer_p": layer_p,
         "lowest_p": LOWEST / 100,
         "budget_used": budget_used,
         **{name: config[name] for name in ("selector", "pruner", "budget", "model", "task")},
@@ -256,14 +310,16 @@ def calibrate(words: Sequence[str], *, metric: str, allowed: float, against: str
         "seed": config["task"].get("seed"),
         "provenance": provenance,
         "measured": [asdict(search.measured[key]) for key in sorted(search.measured)],
+        "lowered": lowered,
     }
 
 
-def _tell(metric: str, each: Measured) -> None:
+def _tell(metric: str, each: Measured, ps: Sequence[float] = ()) -> None:
     tokens = "" if each.tokens is None else f"  {each.tokens:8.1f} tokens a query head"
     fraction = "" if each.kv_fraction is None else f"  {100 * each.kv_fraction:5.1f} % of the KV bytes"
     quality, lost = quality_text(metric, each.quality), lost_text(metric, each.drop, sign="+")
-    print(f"p = {each.p:.2f}  {metric} {quality:>8}  drop {lost:>8}{tokens}{fraction}", flush=True)
+    which = f"p = {each.p:.2f}" if not ps else "p = " + " ".join(f"{p:.2f}" for p in ps)
+    print(f"{which}  {metric} {quality:>8}  drop {lost:>8}{tokens}{fraction}", flush=True)
 
 
 def _mean(rows: Sequence[dict[str, Any]], name: str) -> float | None:
