@@ -169,7 +169,7 @@ def test_the_picture_shows_the_drop_and_the_choice(tmp_path, monkeypatch):
     assert "No p keeps facts within 10 percentage points of dense" in drawn[1].get_suptitle()
     quality = drawn[1].axes[0]
     assert quality.get_ylim() == (-0.03, 1.05) and quality.get_xlim()[1] == 1
-    assert legend(quality) == ["dense: 1", "allowed: 0.9", "does not hold"]
+    assert legend(quality) == ["dense: 100.0 %", "allowed: 90.0 %", "does not hold"]
     (said,) = [text.get_text() for text in quality.texts]
     assert "p = 1 itself loses 50 percentage points: the selector's own loss" in said and "--against unpruned" in said
     which_p.draw(found("facts", {0.5: 1.0, 1.0: 1.0}, 1.0, 0.0, 0.5), tmp_path / "c.png")

@@ -74,8 +74,12 @@ def _quality(panel: Any, found: Mapping[str, Any], measured: Sequence[Mapping[st
         look = {"color": blue, "markerfacecolor": fill, "markersize": 7}
         panel.plot(each["p"], each["quality"], "o", **look, clip_on=each["p"] != 1)  # at the edge it is seen whole
     against = "dense" if found["against"] == "dense" else "not pruned"
-    panel.axhline(reference, color="black", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{against}: {reference:.4g}")
-    panel.axhline(worst, color=red, linewidth=1.2, linestyle=":", label=f"allowed: {worst:.4g}")
+
+    def said(value: float) -> str:
+        return f"{value:.4g}" if perplexity else quality_text("facts", value)
+
+    panel.axhline(reference, color="black", linewidth=1.2, linestyle=(0, (4, 3)), label=f"{against}: {said(reference)}")
+    panel.axhline(worst, color=red, linewidth=1.2, linestyle=":", label=f"allowed: {said(worst)}")
     handles = list(panel.get_legend_handles_labels()[0])
     for holds, fill, label in ((True, blue, "holds"), (False, "white", "does not hold")):
         if holds in good.values():
@@ -84,9 +88,10 @@ def _quality(panel: Any, found: Mapping[str, Any], measured: Sequence[Mapping[st
     if best:
         handles.append(_mark(panel, best[0]["p"], best[0]["quality"]))
     better = "lower" if perplexity else "higher"
-    panel.set_ylabel(f"{found['metric'] if perplexity else 'facts answered, share'}\n({better} is better)")
+    panel.set_ylabel(f"{found['metric'] if perplexity else 'facts answered'}\n({better} is better)")
     if not perplexity:
         panel.set_ylim(-0.03, 1.05)
+        panel.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     elif found["p"] is not None:
         _cut(panel, measured, reference, worst, blue)
     if found["p"] is None:  # then p = 1 alone was measured, at the right
