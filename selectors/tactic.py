@@ -75,9 +75,11 @@ class Tactic(Selector):
 
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         if q.shape[1] <= self.local:
-            # No prompt, but a short step.
+            # No row's prompt, but a short step.
             self._add(layer, q.shape[1])
             return
+        # Whether it is a prompt each row says for itself: what becomes of a row must not depend on the others.
+        prompt = (layer.new_tokens > self.local)[:, None]
         # All tokens so far, whatever the chunks of the prompt.
         n, heads = layer.max_seq_len, layer.geometry.num_kv_heads
         keys = gather_dense(layer.k_pages, layer.page_table, layer.seq_lens, n)
@@ -88,9 +90,11 @@ class Tactic(Selector):
         starts = slots * layer.seq_lens[:, None].long() // clusters[:, None].clamp(min=1)
         starts = starts.clamp(max=n - 1)[:, None].expand(-1, heads, -1)
         centroids = kmeans(keys, valid, starts, self.iterations, exists)
-        layer.update_state("centroids", centroids)
-        layer.update_state("clusters", clusters[:, None].expand(-1, heads))
-        layer.update_state("cluster", self._nearest(keys, layer))
+        layer.update_state("centroids", torch.where(prompt[..., None, None], centroids, layer.state("centroids")))
+        layer.update_state("clusters", torch.where(prompt, clusters[:, None], layer.state("clusters")))
+        # Tokens that a short step has added join the clusters of their row, as in `_add`; those before stay.
+        joins = prompt | (torch.arange(n, device=q.device) >= (layer.seq_lens - layer.new_tokens)[:, None])
+        layer.update_state("cluster", torch.where(joins[:, None], self._nearest(keys, layer), layer.state("cluster")))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g, n, lens = layer.geometry, layer.max_seq_len, layer.seq_lens[:, None, None]
