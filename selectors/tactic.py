@@ -17,7 +17,8 @@ order each, 16 tokens at least, make up the 2.5 % of keys that the paper says ar
 counts as 0. Centroids start from keys that lie evenly in the prompt, not from random ones. The paper attends to all
 generated tokens until it clusters again, every 2048 steps; here a generated token joins the nearest cluster, which
 stays where it is, and is in the order once it leaves the newest `local`. A union larger than the budget is cut, worst
-ranks first.
+ranks first. A row whose prompt was no longer than `local` has no clusters, and nothing to order tokens by: it proposes
+the newest of its budget, until as many tokens as make a prompt come at once.
 """
 
 from __future__ import annotations
@@ -106,7 +107,10 @@ class Tactic(Selector):
         kept = self._reach_mass(q, layer, order, listed.sum(-1, keepdim=True))
         # Of a token, the best rank that it has among the query heads that keep it.
         best = torch.where(listed & (rank < kept), -rank.double(), -torch.inf)
-        scores = best.unflatten(1, (g.num_kv_heads, -1)).amax(2).masked_fill(newest, torch.inf)
+        scores = best.unflatten(1, (g.num_kv_heads, -1)).amax(2)
+        # Without clusters all tokens would be of the first, and its order their age: the newest tokens, then.
+        age = tokens.double().masked_fill(tokens >= lens, -torch.inf)
+        scores = torch.where(layer.state("clusters").unsqueeze(-1) > 0, scores, age).masked_fill(newest, torch.inf)
         return Selection.top(scores, budget.tokens, capacity=budget.capacity, granularity=1)
 
     def bytes_per_token(self, geometry: Geometry) -> float:
