@@ -90,19 +90,24 @@ class MagicPIG(Selector):
 
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         if q.shape[1] <= self.local:
-            # No prompt, but a short step: its tokens are hashed around the centre that there is.
+            # No row's prompt, but a short step: its tokens are hashed around the centre that there is.
             self._add(layer, q.shape[1])
             return
+        # Whether it is a prompt each row says for itself: what becomes of a row must not depend on the others.
+        prompt = (layer.new_tokens > self.local)[:, None]
         rows = q.shape[0] * layer.geometry.num_kv_heads
         block = max(1, _PROJECTED // (rows * self.tables * self.bits))
         chunks = torch.arange(layer.max_seq_len, device=q.device).split(block)
         # The centre is that of all tokens so far, whatever the chunks of the prompt: all are hashed anew.
         total = sum(self._keys(layer, chunk, middle=True).sum(2) for chunk in chunks)
         count = (layer.seq_lens - self.sinks - self.local).clamp(min=1)[:, None, None]
-        layer.update_state("centre", total / count)
+        layer.update_state("centre", torch.where(prompt[..., None], (total / count).bfloat16(), layer.state("centre")))
         centre = layer.state("centre").unsqueeze(2)
-        codes = [self._hash(self._keys(layer, chunk) - centre) for chunk in chunks]
-        layer.update_state("codes", torch.cat(codes, dim=2))
+        codes = torch.cat([self._hash(self._keys(layer, chunk) - centre) for chunk in chunks], dim=2)
+        # Tokens that a short step has added are hashed around the centre of their row, as in `_add`; those before stay.
+        tokens = torch.arange(layer.max_seq_len, device=q.device)
+        hashed = prompt | (tokens >= (layer.seq_lens - layer.new_tokens)[:, None])
+        layer.update_state("codes", torch.where(hashed[:, None, :, None], codes, layer.state("codes")))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g, n, lens = layer.geometry, layer.max_seq_len, layer.seq_lens[:, None, None]

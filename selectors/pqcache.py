@@ -88,9 +88,11 @@ class PQCache(Selector):
 
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         if q.shape[1] <= 2**self.bits:
-            # No prompt, or one with fewer tokens than centroids.
+            # No row's prompt, or one with fewer tokens than centroids.
             self._add(layer, q.shape[1])
             return
+        # Whether it is a prompt each row says for itself: what becomes of a row must not depend on the others.
+        prompt = (layer.new_tokens > 2**self.bits)[:, None]
         # All tokens so far, whatever the chunks of the prompt.
         lens, n = layer.seq_lens[:, None, None], layer.max_seq_len
         keys = self._split(gather_dense(layer.k_pages, layer.page_table, layer.seq_lens, n))
@@ -100,9 +102,12 @@ class PQCache(Selector):
         starts = self.sinks + torch.arange(2**self.bits, device=q.device) * count[:, None].long() // 2**self.bits
         starts = starts.clamp(max=n - 1)[:, None, None].expand(*keys.shape[:3], -1)
         codebooks = kmeans(keys, valid, starts, self.iterations)
-        layer.update_state("codebooks", codebooks)
-        layer.update_state("trained", (count > 0)[:, None].expand(-1, layer.geometry.num_kv_heads))
-        layer.update_state("codes", assign(keys, layer.state("codebooks")).mT)
+        layer.update_state("codebooks", torch.where(prompt[..., None, None, None], codebooks, layer.state("codebooks")))
+        layer.update_state("trained", torch.where(prompt, (count > 0)[:, None], layer.state("trained")))
+        # Tokens that a short step has added are coded by the codebooks of their row, as in `_add`; those before stay.
+        coded = prompt | (tokens >= (layer.seq_lens - layer.new_tokens)[:, None])
+        codes = assign(keys, layer.state("codebooks")).mT
+        layer.update_state("codes", torch.where(coded[:, None, :, None], codes, layer.state("codes")))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g, n, lens = layer.geometry, layer.max_seq_len, layer.seq_lens[:, None, None]

@@ -17,7 +17,8 @@ order each, 16 tokens at least, make up the 2.5 % of keys that the paper says ar
 counts as 0. Centroids start from keys that lie evenly in the prompt, not from random ones. The paper attends to all
 generated tokens until it clusters again, every 2048 steps; here a generated token joins the nearest cluster, which
 stays where it is, and is in the order once it leaves the newest `local`. A union larger than the budget is cut, worst
-ranks first.
+ranks first. A row whose prompt was no longer than `local` has no clusters, and nothing to order tokens by: it proposes
+the newest of its budget, until as many tokens as make a prompt come at once.
 """
 
 from __future__ import annotations
@@ -75,9 +76,11 @@ class Tactic(Selector):
 
     def observe(self, q: torch.Tensor, layer: LayerCache) -> None:
         if q.shape[1] <= self.local:
-            # No prompt, but a short step.
+            # No row's prompt, but a short step.
             self._add(layer, q.shape[1])
             return
+        # Whether it is a prompt each row says for itself: what becomes of a row must not depend on the others.
+        prompt = (layer.new_tokens > self.local)[:, None]
         # All tokens so far, whatever the chunks of the prompt.
         n, heads = layer.max_seq_len, layer.geometry.num_kv_heads
         keys = gather_dense(layer.k_pages, layer.page_table, layer.seq_lens, n)
@@ -88,9 +91,11 @@ class Tactic(Selector):
         starts = slots * layer.seq_lens[:, None].long() // clusters[:, None].clamp(min=1)
         starts = starts.clamp(max=n - 1)[:, None].expand(-1, heads, -1)
         centroids = kmeans(keys, valid, starts, self.iterations, exists)
-        layer.update_state("centroids", centroids)
-        layer.update_state("clusters", clusters[:, None].expand(-1, heads))
-        layer.update_state("cluster", self._nearest(keys, layer))
+        layer.update_state("centroids", torch.where(prompt[..., None, None], centroids, layer.state("centroids")))
+        layer.update_state("clusters", torch.where(prompt, clusters[:, None], layer.state("clusters")))
+        # Tokens that a short step has added join the clusters of their row, as in `_add`; those before stay.
+        joins = prompt | (torch.arange(n, device=q.device) >= (layer.seq_lens - layer.new_tokens)[:, None])
+        layer.update_state("cluster", torch.where(joins[:, None], self._nearest(keys, layer), layer.state("cluster")))
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g, n, lens = layer.geometry, layer.max_seq_len, layer.seq_lens[:, None, None]
@@ -102,7 +107,10 @@ class Tactic(Selector):
         kept = self._reach_mass(q, layer, order, listed.sum(-1, keepdim=True))
         # Of a token, the best rank that it has among the query heads that keep it.
         best = torch.where(listed & (rank < kept), -rank.double(), -torch.inf)
-        scores = best.unflatten(1, (g.num_kv_heads, -1)).amax(2).masked_fill(newest, torch.inf)
+        scores = best.unflatten(1, (g.num_kv_heads, -1)).amax(2)
+        # Without clusters all tokens would be of the first, and its order their age: the newest tokens, then.
+        age = tokens.double().masked_fill(tokens >= lens, -torch.inf)
+        scores = torch.where(layer.state("clusters").unsqueeze(-1) > 0, scores, age).masked_fill(newest, torch.inf)
         return Selection.top(scores, budget.tokens, capacity=budget.capacity, granularity=1)
 
     def bytes_per_token(self, geometry: Geometry) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from twilight import Geometry, PagedKVCache, Pruner, Selector
+from twilight.testing.host import no_waiting
 
 
 def fill(
@@ -50,6 +51,40 @@ def observed(
     for layer in made[0].layers:
         selector.observe(q.to(geometry.device, geometry.dtype), layer)
     return made
+
+
+def check_rows_alone(selector: Selector, geometry: Geometry, steps: Sequence[Sequence[int]]) -> None:
+    """Append so many tokens to each row, step by step, show the selector each step, and compare what it then keeps of a
+    row with what it keeps of the row alone. Looks that it does not wait for the GPU, too.
+    """
+    totals = [sum(counts) for counts in zip(*steps, strict=True)]
+    keys = [torch.randn(total, geometry.num_kv_heads, geometry.head_dim) + 1 for total in totals]
+
+    def kept(rows: Sequence[int]) -> PagedKVCache:
+        cache = PagedKVCache(geometry, num_rows=len(rows), num_pages=1, selector=selector, growable=True)
+        done = [0] * len(rows)
+        for step in steps:
+            counts = [step[row] for row in rows]
+            if not any(counts):
+                continue
+            k = torch.full((len(rows), max(counts), *keys[0].shape[1:]), torch.nan)
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                k[i, :count] = keys[row][done[i] : done[i] + count]
+                done[i] += count
+            for layer in cache.layers:
+                layer.append(k.to(geometry.dtype), k.to(geometry.dtype), counts)
+                with no_waiting():
+                    selector.observe(k.nan_to_num(7).repeat_interleave(geometry.group_size, dim=2), layer)
+        return cache
+
+    together = kept(range(len(totals))).layers[0]
+    for row, total in enumerate(totals):
+        alone = kept([row]).layers[0]
+        for spec in selector.state(geometry):
+            one, other = together.state(spec.name)[row], alone.state(spec.name)[0]
+            if spec.per == "token":
+                one, other = (each[:, : -(-total // spec.stride)] for each in (one, other))
+            assert torch.equal(one, other), f"{spec.name} of row {row}"
 
 
 def lists(selection: object) -> list[list[list[int]]]:

@@ -108,7 +108,7 @@ class Contract:
         dense: with a budget of everything, everything is proposed, at the weight it has. False: it leaves tokens out,
             or draws them.
         chunks: what is kept does not depend on the pieces in which a prompt comes. False: pieces of a few tokens
-            teach it nothing; the longest of a batch says what is few.
+            teach it nothing. What is few each row's `new_tokens` say, never the other rows.
         weighted: selections carry `log_weight`.
     """
 
@@ -185,7 +185,8 @@ class Selector:
         """See tokens that are attended to densely: a prompt, a chunk of one, a short or speculative step.
 
         Called for each layer once the tokens are in the cache. A prompt in chunks is as many calls, each with the
-        queries of its chunk; what must not depend on the chunks is carried in the state.
+        queries of its chunk; what must not depend on the chunks is carried in the state. One call may bring a row one
+        token and another a prompt: n says nothing of a row, but that no row has gained more.
 
         Args:
             q: `[b, n, Hq, d]`, rotated. Of row i the first `layer.new_tokens[i]` are real, and are its last tokens.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import fill, lists, observed
+from tests.caches import check_rows_alone, fill, lists, observed
 from tests.test_kmeans import lloyd
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, TwilightAttention, UniformBudget
 from twilight_selectors.pqcache import PQCache
@@ -96,6 +96,18 @@ def test_a_prompt_in_chunks_ends_as_one(chunks: list[int]) -> None:
             first += size
     for spec in selector.state(geometry):
         assert torch.equal(whole.layers[0].state(spec.name), parts.layers[0].state(spec.name))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(33, 200)],  # a prompt too short to learn from, beside a long one
+        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
+        [(33, 90, 150, 0), (200, 3, 0, 33)],
+    ],
+)
+def test_what_a_row_learns_does_not_depend_on_the_others(steps: list[tuple[int, ...]]) -> None:
+    check_rows_alone(PQCache(iterations=3), Geometry(1, 4, 2, 16, 16, torch.bfloat16), steps)
 
 
 def test_exact_codebooks_rank_as_the_keys_do() -> None:

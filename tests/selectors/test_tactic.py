@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import fill, lists, observed
+from tests.caches import check_rows_alone, fill, lists, observed
 from tests.test_kmeans import lloyd
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, TwilightAttention, UniformBudget
 from twilight_selectors.tactic import Tactic
@@ -163,13 +163,36 @@ def test_generated_tokens_join_the_nearest_cluster_and_move_none() -> None:
             assert int(layer.state("cluster")[row, head, length + step]) == int(np.argmin(distances))
 
 
-def test_without_a_prompt_it_still_selects() -> None:
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [(60, 200)],  # a prompt too short to learn from, beside a long one
+        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
+        [(60, 90, 150, 0), (200, 3, 0, 60)],
+    ],
+)
+def test_what_a_row_learns_does_not_depend_on_the_others(steps: list[tuple[int, ...]]) -> None:
+    check_rows_alone(Tactic(cluster_size=8, iterations=3), Geometry(1, 4, 2, 16, 16, torch.bfloat16), steps)
+
+
+def test_without_a_prompt_it_takes_the_newest_tokens() -> None:
     selector = Tactic(0.5, local=2)
     cache, _, _ = fill(Geometry(1, 2, 2, 16, 4, torch.float32), [30, 1, 0], selector)
     layer = cache.layers[0]
     chosen = lists(selector.select(torch.randn(3, 2, 16), layer, layer.budget(UniformBudget(10))))
-    assert all({28, 29} <= set(tokens) and len(tokens) <= 10 for tokens in chosen[0])
-    assert chosen[1:] == [[[0], [0]], [[], []]]
+    assert chosen == [[list(range(20, 30))] * 2, [[0]] * 2, [[]] * 2]
+
+
+def test_after_a_prompt_too_short_to_cluster_it_takes_the_newest_tokens() -> None:
+    """Also where another row of the batch has clusters."""
+    selector = Tactic(0.9, 8, 3)
+    cache, _, _ = observed(Geometry(1, 2, 2, 16, 16, torch.float32), [54, 64, 150], selector)
+    layer, k = cache.layers[0], torch.randn(3, 2, 16)
+    assert layer.state("clusters").tolist() == [[0, 0], [0, 0], [19, 19]]
+    layer.append(k, k)
+    chosen = lists(selector.select(torch.randn(3, 2, 16), layer, layer.budget(UniformBudget(20))))
+    assert chosen[:2] == [[list(range(35, 55))] * 2, [list(range(45, 65))] * 2]
+    assert all(tokens != list(range(131, 151)) for tokens in chosen[2])
 
 
 def test_bytes_by_hand() -> None:

@@ -188,6 +188,21 @@ class CountsPadding(Sound):
         return super().scores(past.contiguous(), layer)
 
 
+class GoesByTheLongest(Sound):
+    """Takes any piece for a prompt, and begins anew, where the longest row's is one."""
+
+    def state(self, geometry):
+        return (StateSpec("prompts", (), torch.float32),)
+
+    def observe(self, q, layer):
+        if q.shape[1] > 10:
+            layer.update_state("prompts", layer.state("prompts") + 1)
+
+    def scores(self, q, layer):
+        scores, prompts = super().scores(q, layer), layer.state("prompts").unsqueeze(-1)
+        return torch.where(scores == -torch.inf, scores, scores * torch.where(prompts > 1, -1, 1))
+
+
 class SeesOthers(Sound):
     """Looks at the longest row."""
 

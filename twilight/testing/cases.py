@@ -179,22 +179,38 @@ def _check_metadata(one: object, other: object, how: str) -> None:
 
 
 def batch(subject: Subject) -> None:
-    geometry = subject.geometry()
-    together = World(subject.make(), geometry)
-    lengths: tuple[int, ...] = LENGTHS
-    if not together.selector.contract().chunks:
-        # Whether a prompt is long enough to learn from is judged by the longest of the batch.
-        lengths = tuple(length + 100 for length in LENGTHS)
-        together = World(together.selector, geometry, lengths)
+    # Among them a prompt that a method may find too short to learn from, though not too short to choose from.
+    geometry, lengths = subject.geometry(), (*LENGTHS, 60)
+    together = World(subject.make(), geometry, lengths)
     alone = [World(subject.make(), geometry, (length,), seeds=(row,)) for row, length in enumerate(lengths)]
-    for value in (20, 0.5):
+    _check_alone(together, alone)
+
+
+def mixed(subject: Subject) -> None:
+    # After prompts long and short, a short step to one row, a prompt to another, nothing to another.
+    geometry, lengths, more = subject.geometry(), (150, 150, 20, 150), (1, 200, 200, 0)
+    room = max(more) + 4
+    together = World(subject.make(), geometry, lengths, steps=room)
+    together.prompt(more)
+    alone = []
+    for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
+        alone.append(World(subject.make(), geometry, (length,), steps=room, seeds=(row,)))
+        if count:
+            alone[-1].prompt([count])
+    _check_alone(together, alone)
+
+
+def _check_alone(together: World, alone: list[World]) -> None:
+    """Compare each row of a batch with the row by itself, over some steps."""
+    for value in (20, 0.5, 50):
         whole, single = together.step(value), [world.step(value) for world in alone]
         for row, steps in enumerate(single):
             for one, other in zip(whole, steps, strict=True):
                 if one.lists()[row] != other.lists()[0]:
                     raise Failure(
                         f"a row should select the same whoever else is in the batch; {one.where(row, 0)} "
-                        f"{_compare(one.lists()[row], other.lists()[0], 'in the batch', 'alone')}"
+                        f"{_compare(one.lists()[row], other.lists()[0], 'in the batch', 'alone')}\n"
+                        "  n of observe's q is the longest row's: how many tokens a row has gained is layer.new_tokens"
                     )
 
 
@@ -395,6 +411,7 @@ CASES: dict[str, Case] = {
         Case("dense", "a budget of everything proposes everything; with p=1 that is dense attention", dense),
         Case("chunks", "a prompt token by token is the prompt at once", chunks),
         Case("batch", "rows of different lengths do not see each other", batch),
+        Case("mixed", "rows that gain few tokens and many at once do not see each other", mixed),
         Case("rows", "a row that is freed and used again, or forked, brings nothing of its own", rows),
         Case("repeat", "the same tokens give the same selection, also from an instance that serves others", repeat),
         Case("metadata", "metadata is what summarize makes of a page's keys", metadata),
