@@ -18,6 +18,7 @@ import torch
 
 from twilight import Budget, Geometry, LayerCache, MetadataSpec, Selection, Selector, check_reduce, ops
 from twilight.calibration import load_channels
+from twilight.channel_files import STATISTICS
 
 
 @dataclass
@@ -30,6 +31,10 @@ class DoubleSparsity(Selector):
         channels: r, label channels of a kv head; even when `label_bits` is 4, a multiple of 4 when it is 2.
         label_bits: 4, 2, or 16 to keep labels in the type of the cache.
         reduce: how the query heads of a group are combined: "softmax", "sum" or "max"; see `combine_group`.
+        statistic: what channels are ranked by, of a file that has several: "qk", "q" or "k". None is the one that the
+            file was made for (``twilight calibrate --statistic``, qk by default); of an official file, which does not
+            say, the first of qk, q and k with one row a kv head: qk is taken after rotation, as labels are. Under
+            grouped queries only k has such rows there.
     """
 
     name: ClassVar[str] = "double_sparsity"
@@ -39,10 +44,13 @@ class DoubleSparsity(Selector):
     channels: int = 16
     label_bits: int = 4
     reduce: str = "softmax"
+    statistic: str | None = None
     _orders: dict[int, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_reduce(self.reduce)
+        if self.statistic not in (None, *STATISTICS):
+            raise ValueError(f"statistic: expected 'qk', 'q' or 'k', got {self.statistic!r}")
         if self.label_bits not in (2, 4, 16):
             raise ValueError(f"label_bits: expected 2, 4 or 16, got {self.label_bits}")
         if self.label_bits == 2 and (self.channels < 4 or self.channels % 4):
@@ -53,7 +61,7 @@ class DoubleSparsity(Selector):
     def prepare(self, geometry: Geometry) -> None:
         if self.channels > geometry.head_dim:
             raise ValueError(f"channels: expected at most head_dim={geometry.head_dim}, got {self.channels}")
-        orders = load_channels(self.calibration, geometry)
+        orders = load_channels(self.calibration, geometry, self.statistic)
         self._orders = {layer: order[:, : self.channels].int().contiguous() for layer, order in orders.items()}
 
     def metadata(self, geometry: Geometry) -> tuple[MetadataSpec, ...]:
