@@ -1,12 +1,25 @@
 """Double Sparsity: tokens ranked on a few heavy channels (Yang et al., arXiv 2408.07092; andy-yang-1/DoubleSparse).
 
-Offline, the channels of each head are ordered by how much they contribute to its logits. Online, a label of each key,
-its first r channels in 4 or 2 bits, is scored against the same channels of the query, and the best tokens are attended
-to. The append kernel keeps the labels.
+Offline, the channels of each head are ordered by a mean over tokens of |q_c k_c|, |q_c| or |k_c|, and C is the first r.
+Online a label of each key, its channels C in 4 or 2 bits, is scored against the same channels of the query,
 
-The official code gives each query head channels of its own ("q", "qk"), so that under grouped queries a label would
-have to be stored once a query head; here a kv head has one list, ranked over its whole group. Labels are kept for keys
-only; the official evaluation quantises the query's as well.
+    s_i = sum over c in C of q_c * label_{i,c} / sqrt(d)                                       (section 3)
+
+and the tokens of largest s, combined over the group, are attended to: no sinks, no newest tokens by force. The append
+kernel keeps the labels. A token of a kv head costs r * bits / 8 bytes and 4 for its scale and zero; 12 bytes at the
+defaults, r = 16 in 4 bits, and 2 r in 16 bits without these 4.
+
+What the official code does differently:
+
+- Its evaluation takes r = 64 (a `group_factor` of 2) in 2 bits by the statistic "q", which is 20 bytes; here 16 in 4
+  bits by "qk". Where it recurses into a model it forgets the number of bits, so that what runs can be 4 in place of 2.
+- "q" and "k" are measured before rotation, though labels are of rotated keys, and rotation mixes channels c and
+  c + d/2; "qk" is measured after it, but of the last 512 tokens of its text only. Here all three are of rotated
+  vectors and of the whole text.
+- "q" and "qk" give each query head channels of its own, so that under grouped queries a label has to be stored once a
+  query head; here a kv head has one list, ranked over its whole group.
+- The query's label is quantised as the key's is, here only the key's. It divides by sqrt(r), which ranks the same for
+  one query head; softmax over a group, as here, needs sqrt(d).
 """
 
 from __future__ import annotations
