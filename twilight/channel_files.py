@@ -93,7 +93,7 @@ def write(path: Path, orders: Mapping[str, Mapping[int, torch.Tensor]], about: M
         MissingExtraError: without safetensors.
     """
     try:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
     except ImportError as error:
         raise missing_extra("safetensors", "hf", "writing channel orders") from error
     tensors = {
@@ -102,7 +102,8 @@ def write(path: Path, orders: Mapping[str, Mapping[int, torch.Tensor]], about: M
         for layer, order in layers.items()
     }
     about_file, file = pair(path)
-    save_file(tensors, file, metadata={key: _text(value) for key, value in about.items()})
+    # Not save_file, whose files nobody else can read: a model's folder may be shared.
+    file.write_bytes(save(tensors, metadata={key: _text(value) for key, value in about.items()}))
     # The hash tells when only one of the two was copied, or made anew.
     named = {"safetensors": file.name, "safetensors_sha256": _sha256(file)}
     about_file.write_text(json.dumps({**about, **named}, indent=1) + "\n", encoding="utf-8")
