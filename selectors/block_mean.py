@@ -5,11 +5,14 @@ each block of keys, here the block is a page and its key the mean. For a query q
 
     p = softmax over pages of q . mean(keys of the page)        and the group reads the pages with the largest sum of p
 
-One vector a page is half of what Quest reads. A mean is the better guess of a page that matters as a whole, and hides
+One vector a page is half of what Quest reads: (d + 4) / P bytes a token of a kv head in 8 bits, the default, 8.25 at
+d = 128 and pages of 16; 2 d / P = 16 in bf16. A mean is the better guess of a page that matters as a whole, and hides
 the lone key that a bound shows.
 
-The newest page is always proposed and counts towards the budget. NSA also forces the first block and the one before
-the newest.
+The newest page is always proposed and counts towards the budget. The paper also forces the first block and the one
+before the newest, selects 16 blocks of 64 tokens whatever the length, and scores them by compressed blocks of 32 that
+overlap. fla-org/native-sparse-attention is nearer to this: means of 64 tokens without overlap, p added up over the
+group, and the current block forced, by a score of 1 for each query head. It adds branches of a trained model: `nsa`.
 """
 
 from __future__ import annotations

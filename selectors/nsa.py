@@ -23,12 +23,14 @@ and attends to its prompt by itself. In the paper each branch has keys and value
 the compressed and the window branch. phi is the mean of a block, or an MLP whose weights are in a file; for another,
 override `compress`.
 
-Kept is a key and a value for every `stride` tokens: 2 d/16 numbers a token. The budget is not looked at, as a model is
+Kept is a key and a value for every `stride` tokens: 2 d/16 numbers a token of a kv head, 32 bytes at d = 128 in bf16,
+beside the caches of branches that have their own. The budget is not looked at, as a model is
 trained with its number of blocks. Stats count the selected branch and the compressed tokens, not the window.
 
 What fla-org/native-sparse-attention does differently: block, stride and selected block are all 64 tokens, phi is the
 mean, the branches share K and V, only the current block is forced in, by a score of 1 for each query head, and groups
-have 16 query heads or more.
+have 16 query heads or more, in powers of two. Its gates are the sigmoid of a linear layer, the paper's of an MLP; here
+they come from the model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""Oracle top-k: the tokens with the largest true weights. Reads every key; a yardstick, not a method."""
+"""Oracle top-k: the tokens with the largest true weights. Reads every key; a yardstick, not a method.
+
+    I = the B0 tokens i of largest q . k_i                                               (Twilight, definition 3.2)
+
+It keeps nothing, and reads 2 d bytes a token of a kv head in bf16. The official code (tsinghua-ideal/Twilight) has a
+list for each query head; here the query heads of a group are combined, because the group reads one list.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,12 @@
-"""Oracle top-p: the smallest set whose true mass reaches p. Reads every key; a yardstick, not a method."""
+"""Oracle top-p: the smallest set whose true mass reaches p. Reads every key; a yardstick, not a method.
+
+    I = the fewest tokens, largest first, with sum over I of softmax(q . k / sqrt(d)) >= p    (Twilight, definition 3.3)
+
+Ties with the least of them are kept too. It keeps nothing, and reads 2 d bytes a token of a kv head in bf16. The
+oracle of xAlg-ai/sparse-attention-hub goes on until the mass is > p, so that at equality it takes one token more; it
+counts the mass of what its earlier rules (sinks, newest tokens) have left, and rounds the threshold to the type of the
+query, by which bf16 adds or drops ties. So neither set can stand in for the other.
+"""
 
 from __future__ import annotations
 

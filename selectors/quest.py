@@ -6,7 +6,8 @@ Each page keeps the channel-wise maximum M and minimum m of its keys. For a quer
 
 As max(q*M, q*m) = relu(q)*M + min(q, 0)*m, U is a plain dot product of length 2d. M and m are kept in 8 bits by
 default, M rounded up and m rounded down, so that U stays an upper bound: half the bytes, which are the largest part of
-a step.
+a step. That is (2 d + 4) / P bytes a token of a kv head, with a scale and a zero for each page, 16.25 at d = 128 and
+pages of 16; 4 d / P = 32 in bf16, as the official code keeps them.
 
 The newest page is always proposed and counts towards the budget, as in the official CUDA path; the official evaluation
 path lets it compete. The official code selects for each query head; here a kv head's query heads are combined, because

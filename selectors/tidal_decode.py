@@ -1,7 +1,13 @@
 """TidalDecode: one layer selects, the next ones read the same tokens (Yang et al., arXiv 2410.05076).
 
 The first sparse layer and one in the middle attend to everything, and hand the tokens of largest q . k on; the layers
-after each of them attend to those (section 3). Nothing is kept from step to step, only a list from layer to layer.
+after each of them attend to those. With a(l) the last of these two layers up to layer l,
+
+    I_l = the B0 tokens i of largest q_a(l) . k_{a(l), i}
+    out_l = Attn(q_l, K_l, V_l) if l = a(l), and Attn(q_l, K_l[I_l], V_l[I_l]) otherwise         (section 3)
+
+Nothing is kept from step to step, 0 bytes a token, only a list from layer to layer; the two layers read every key,
+which is 2 * 2 d / L bytes a token of a kv head in bf16, shared out among the L sparse layers.
 
 In the official code (DerrickYLJ/TidalDecode) the middle layer is 13 of 32 for Llama 3, 9 by default, 12 in the CUDA
 path and 7 for Llama 2: it is to be chosen for each model. The newest token is always in the list, and counts towards

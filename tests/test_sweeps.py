@@ -653,4 +653,9 @@ def test_a_models_folder_has_a_hash_of_its_own(tmp_path):
         (folder / "model.safetensors").write_bytes(weights)
         digests.add(model_hash(str(folder)))
     assert len(digests) == 4
+    # A calibration put into a folder leaves the model what it was: `a` again, under another path.
+    (tmp_path / "e").mkdir()
+    for name, data in (("config.json", b"{}"), ("model.safetensors", b"1"), ("c.json", b"{}"), ("c.safetensors", b"3")):
+        (tmp_path / "e" / name).write_bytes(data)
+    assert model_hash(str(tmp_path / "e")) == model_hash(str(tmp_path / "a"))
     assert model_hash(str(tmp_path / "nowhere")) is None

@@ -103,7 +103,9 @@ def model_hash(path: str) -> str | None:
     folder, digest = Path(path), hashlib.sha256()
     if not folder.is_dir():
         return None
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+    # A calibration in the folder, NAME.safetensors beside NAME.json, is no part of the model.
+    weights = [file for file in folder.glob("*.safetensors") if not file.with_suffix(".json").exists()]
+    for file in sorted([folder / "config.json", *weights, *folder.glob("*.bin")]):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as data:

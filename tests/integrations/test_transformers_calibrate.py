@@ -26,10 +26,10 @@ def test_the_channels_that_are_made_large_come_first(statistic, scaled):
             weight[:heads, [1, 5]] *= 50
             weight[heads:, [2, 6]] *= 50
     before = model.config._attn_implementation
-    orders = channel_orders(model, torch.randint(0, 50, (1, 40)), statistic)
+    orders = channel_orders(model, torch.randint(0, 50, (1, 40)))
     assert model.config._attn_implementation == before
-    assert sorted(orders) == [0, 1]
-    for order in orders.values():
+    assert sorted(orders) == ["k", "q", "qk"] and all(sorted(layers) == [0, 1] for layers in orders.values())
+    for order in orders[statistic].values():
         assert order.shape == (2, 8)
         assert set(order[0, :2].tolist()) == {1, 5} and set(order[1, :2].tolist()) == {2, 6}
         assert all(sorted(row) == list(range(8)) for row in order.tolist())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,18 @@ def test_bytes_by_hand(tmp_path: Path, orders: list[list[int]]) -> None:
     assert DoubleSparsity(path, 8, 16).bytes_per_token(geometry) == 16
 
 
-def _prepare(path: str | None, **options: int) -> None:
+def test_the_statistic_of_a_file_that_has_several(tmp_path: Path, orders: list[list[int]]) -> None:
+    other = [row[::-1] for row in orders]
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({f"model.layers.0.self_attn.{name}_proj": rows
+                                for name, rows in (("k", other), ("qk", orders))}))  # fmt: skip
+    for statistic, expected in ((None, orders), ("qk", orders), ("k", other)):
+        selector = DoubleSparsity(str(path), 4, statistic=statistic)
+        selector.prepare(Geometry(1, 2, 2, 16))
+        assert selector.label_channels(0).tolist() == [row[:4] for row in expected]
+
+
+def _prepare(path: str | None, **options: Any) -> None:
     selector = DoubleSparsity(path, **{"channels": 4, **options})
     PagedKVCache(Geometry(2, 4, 2, 16), num_rows=1, num_pages=1, selector=selector)
 
@@ -114,9 +126,10 @@ def test_missing_calibration_says_how_to_make_it(tmp_path: Path) -> None:
         ({"label_bits": 2, "channels": 0}, "channels: expected a multiple of 4 in 2 bits, got 0"),
         ({"channels": 3}, "channels: expected an even number of at least 2, got 3"),
         ({"channels": 0}, "channels: expected an even number of at least 2, got 0"),
+        ({"statistic": "v"}, "statistic: expected 'qk', 'q' or 'k', got 'v'"),
         ({"channels": 18}, "channels: expected at most head_dim=16, got 18"),
     ],
 )
-def test_refuses_parameters_out_of_range(options: dict[str, int], message: str) -> None:
+def test_refuses_parameters_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _prepare(None, **options)

@@ -63,7 +63,7 @@ def calibration(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("calibration") / "double_sparsity.json"
     generator = torch.Generator().manual_seed(0)
     orders = {layer: torch.stack([torch.randperm(64, generator=generator) for _ in range(2)]) for layer in range(2)}
-    save_channels(path, orders)
+    save_channels(path, {"qk": orders})
     return str(path)
 
 

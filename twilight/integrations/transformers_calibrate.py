@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -13,9 +13,7 @@ _NAME = "twilight_calibrate"
 
 
 @torch.inference_mode()
-def channel_orders(
-    model: PreTrainedModel, input_ids: torch.Tensor, statistic: Literal["qk", "q", "k"] = "qk"
-) -> dict[int, torch.Tensor]:
+def channel_orders(model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, dict[int, torch.Tensor]]:
     """Order each kv head's channels by how much they contribute to its logits (Double Sparsity, section 3).
 
     Statistics are of rotated queries and keys, as labels are; the official code takes q and k before rotation. Query
@@ -24,20 +22,21 @@ def channel_orders(
     Args:
         model: a causal language model that uses transformers' attention interface.
         input_ids: `[1, n]`, the text.
-        statistic: mean over tokens of `|q_c * k_c|` of the same token, of `|q_c|`, or of `|k_c|`.
 
     Returns:
-        For each layer, `[Hkv, d]` int64, heaviest channel first.
+        For each statistic and layer, `[Hkv, d]` int64, heaviest channel first. The statistics are means over tokens: of
+        `|q_c * k_c|` of the same token, "qk", of `|q_c|`, "q", and of `|k_c|`, "k".
     """
-    orders: dict[int, torch.Tensor] = {}
+    orders: dict[str, dict[int, torch.Tensor]] = {"qk": {}, "q": {}, "k": {}}
 
     def record(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         grouped = query.float().unflatten(1, (key.shape[1], -1))
         keys = key.float().unsqueeze(2)
-        weight = {"qk": grouped * keys, "q": grouped, "k": keys}[statistic].abs().mean((0, 3)).sum(1)
-        orders[module.layer_idx] = weight.argsort(dim=-1, descending=True, stable=True).cpu()
+        for statistic, values in (("qk", grouped * keys), ("q", grouped), ("k", keys)):
+            weight = values.abs().mean((0, 3)).sum(1)
+            orders[statistic][module.layer_idx] = weight.argsort(dim=-1, descending=True, stable=True).cpu()
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     before = model.config._attn_implementation
