@@ -100,7 +100,7 @@ def stages(data: dict[str, Any]) -> Figure:
         panel.margins(y=0.02)
         panel.set_xlim(0, 1.35 * max(100.0, panel.get_xlim()[1] / 1.05))
         panel.set_xticks(range(0, 101, 25))
-        panel.set_xlabel("stage in % of the step; µs a layer, and × dense")
+        panel.set_xlabel("stages as launches of their own, in % of the step in one;\nµs a layer, and × dense")
         panel.set_title(f"{heads} heads", fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
     drawn = {stage for cells in shapes.values() for cell in cells for stage in cell["methods"][QUEST]}
