@@ -182,7 +182,6 @@ def test_the_verb_writes_where_the_orders_came_from(tmp_path: Path, capsys: pyte
     )
     assert not torch.equal(named["q"][3], named["k"][3])
     assert str(tmp_path) not in (tmp_path / "c.json").read_text()
-    # The one that lies beside the model is of the form in one file.
     assert len(load_channels(f"{tiny_path()}/double_sparsity.json", geometry)) == 7
 
 
