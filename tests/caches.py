@@ -53,6 +53,15 @@ def observed(
     return made
 
 
+def uneven_steps(short: int) -> list[list[tuple[int, ...]]]:
+    """Return tokens of each row in each step, of a selector that learns nothing from up to `short` at once."""
+    return [
+        [(short, 200)],  # a prompt too short to learn from, beside a long one
+        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
+        [(short, 90, 150, 0), (200, 3, 0, short)],
+    ]
+
+
 def check_rows_alone(selector: Selector, geometry: Geometry, steps: Sequence[Sequence[int]]) -> None:
     """Append so many tokens to each row, step by step, show the selector each step, and compare what it then keeps of a
     row with what it keeps of the row alone. Looks that it does not wait for the GPU, too.

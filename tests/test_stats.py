@@ -7,7 +7,7 @@ import torch
 
 from tests.caches import fill
 from twilight import Geometry, NoPruning, TwilightAttention
-from twilight.stats import Stats, spread, token_bytes
+from twilight.stats import Record, Stats, spread, token_bytes
 from twilight_selectors.streaming_llm import StreamingLLM
 
 
@@ -29,7 +29,22 @@ def test_summary_has_a_row_a_layer() -> None:
         assert row["mass"] == {"mean": 1.0, "p5": 1.0, "p95": 1.0}
         assert row["kv_bytes"] == (9 + 5 + 10 + 6 + 4 * 6) * 2 * 32
         assert row["dense_bytes"] == (9 + 5 + 10 + 6 + 11 + 7 + 12 + 8) * 2 * 32
-    head, first, _ = str(attention.stats).splitlines()
+    assert attention.stats.query_heads(7).tolist() == [(9 + 5 + 10 + 6 + 4 * 6) / 8] * 4
+    # A record keeps the lengths of its own step, not those of the cache.
+    assert [record.seq_lens.tolist() for record in attention.stats.by_layer()[3]] == [[9, 5], [10, 6], [11, 7], [12, 8]]
+    attention.stats.clear()
+    assert attention.stats.summary() == [] and str(attention.stats) == "no steps yet"
+    assert str(Stats(enabled=False)) == "no stats: attach with stats=True"
+
+
+def test_the_table_has_each_number_in_its_column() -> None:
+    stats = Stats(enabled=True)
+    numbers = (torch.full((1, heads), value) for heads, value in ((2, 400.0), (4, 30.0), (2, 50.0), (4, 0.875)))
+    none = torch.zeros(1, 2)
+    stats.records = [
+        Record(3, Geometry(1, 4, 2, 8, 4), torch.tensor([1000]), *numbers, 0.0, none, 0, estimated=False, dense=False)
+    ]
+    head, line = str(stats).splitlines()
     assert head.split() == [
         "layer",
         "steps",
@@ -44,13 +59,7 @@ def test_summary_has_a_row_a_layer() -> None:
         "KV",
         "bytes",
     ]
-    assert first.split() == ["3", "4", "2", "8", "7", "7", "7", "1.000", f"{54 / 68:.1%}"]
-    assert attention.stats.query_heads(7).tolist() == [(9 + 5 + 10 + 6 + 4 * 6) / 8] * 4
-    # A record keeps the lengths of its own step, not those of the cache.
-    assert [record.seq_lens.tolist() for record in attention.stats.by_layer()[3]] == [[9, 5], [10, 6], [11, 7], [12, 8]]
-    attention.stats.clear()
-    assert attention.stats.summary() == [] and str(attention.stats) == "no steps yet"
-    assert str(Stats(enabled=False)) == "no stats: attach with stats=True"
+    assert line.split() == ["3", "1", "0", "1000", "400", "30", "50", "0.875", "5.0%"]
 
 
 def test_spread_by_hand() -> None:

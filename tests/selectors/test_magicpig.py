@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import check_rows_alone, lists, observed
+from tests.caches import check_rows_alone, lists, observed, uneven_steps
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, Selection, TopP, TwilightAttention, UniformBudget
 from twilight_selectors.magicpig import MagicPIG, collision_probability
 
@@ -193,14 +193,7 @@ def test_codes_do_not_depend_on_how_a_prompt_came(chunks: list[int], monkeypatch
         assert torch.equal(whole.layers[0].state(name), parts.layers[0].state(name))
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [(60, 200)],  # a prompt too short to learn from, beside a long one
-        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
-        [(60, 90, 150, 0), (200, 3, 0, 60)],
-    ],
-)
+@pytest.mark.parametrize("steps", uneven_steps(60))
 def test_what_a_row_learns_does_not_depend_on_the_others(steps: list[tuple[int, ...]]) -> None:
     geometry = Geometry(1, 4, 2, 16, 16, torch.bfloat16)
     selector = MagicPIG(4, 8)

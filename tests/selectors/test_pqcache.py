@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import check_rows_alone, fill, lists, observed
+from tests.caches import check_rows_alone, fill, lists, observed, uneven_steps
 from tests.test_kmeans import lloyd
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, TwilightAttention, UniformBudget
 from twilight_selectors.pqcache import PQCache
@@ -98,14 +98,7 @@ def test_a_prompt_in_chunks_ends_as_one(chunks: list[int]) -> None:
         assert torch.equal(whole.layers[0].state(spec.name), parts.layers[0].state(spec.name))
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [(33, 200)],  # a prompt too short to learn from, beside a long one
-        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
-        [(33, 90, 150, 0), (200, 3, 0, 33)],
-    ],
-)
+@pytest.mark.parametrize("steps", uneven_steps(33))
 def test_what_a_row_learns_does_not_depend_on_the_others(steps: list[tuple[int, ...]]) -> None:
     check_rows_alone(PQCache(iterations=3), Geometry(1, 4, 2, 16, 16, torch.bfloat16), steps)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import oracles
-from tests.caches import check_rows_alone, fill, lists, observed
+from tests.caches import check_rows_alone, fill, lists, observed, uneven_steps
 from tests.test_kmeans import lloyd
 from twilight import Budget, Geometry, NoPruning, PagedKVCache, TwilightAttention, UniformBudget
 from twilight_selectors.tactic import Tactic
@@ -163,14 +163,7 @@ def test_generated_tokens_join_the_nearest_cluster_and_move_none() -> None:
             assert int(layer.state("cluster")[row, head, length + step]) == int(np.argmin(distances))
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [(60, 200)],  # a prompt too short to learn from, beside a long one
-        [(150, 90), (1, 200), (1, 1)],  # both have learned, and one learns anew
-        [(60, 90, 150, 0), (200, 3, 0, 60)],
-    ],
-)
+@pytest.mark.parametrize("steps", uneven_steps(60))
 def test_what_a_row_learns_does_not_depend_on_the_others(steps: list[tuple[int, ...]]) -> None:
     check_rows_alone(Tactic(cluster_size=8, iterations=3), Geometry(1, 4, 2, 16, 16, torch.bfloat16), steps)
 
