@@ -10,7 +10,7 @@
 // pruner's tail is made of, is kept the same way beside any summary of the keys (kValueMean).
 // Floor: a new token and kv head reads 4d bytes and writes 4d + d/2 + 4; with bounds or means, one token a step reads 2dP more, and with
 // the mean of the values 2dP again.
-#include "common.cuh"
+#include "codes.cuh"
 
 struct AppendParams {
   const void* k;          // [b, n, Hkv, d], strides below, channels contiguous
@@ -39,27 +39,6 @@ CHECK_PARAMS(AppendParams);
 
 enum Rule { None, Bounds, Bounds8, Mean, Mean8, Label, Label2, Label4 };  // in the order of ops/append.py
 constexpr int kWarps = 4;
-
-__device__ __forceinline__ u32 half_bits(half x) { return __half_as_ushort(x); }
-__device__ __forceinline__ u32 pair_bits(half scale, half zero) { return half_bits(scale) | half_bits(zero) << 16; }
-
-// Scale and zero of some values, and their codes, 0 to Steps; see ops/quantize.py. NaN anywhere: scale and zero are NaN and every code is 0.
-template <int Steps>
-struct Codes {
-  half scale, zero;
-  float s, z;
-
-  __device__ __forceinline__ Codes(float top, float bottom, bool nan) {
-    zero = __float2half_rn(nan ? __int_as_float(0x7fc00000) : bottom);
-    z = __half2float(zero);
-    scale = __float2half_rn(nan ? __int_as_float(0x7fc00000) : fmaxf(__fdiv_rn(top - z, static_cast<float>(Steps)), 6.103515625e-5f));
-    s = __half2float(scale);
-  }
-  __device__ __forceinline__ u32 operator()(float x) const {
-    // fminf and fmaxf turn a NaN into a bound; the cast is then defined.
-    return static_cast<u32>(fminf(fmaxf(rintf(__fdiv_rn(x - z, s)), 0.f), static_cast<float>(Steps)));
-  }
-};
 
 // Whether any of a token's lanes said so.
 template <int Width>
@@ -338,35 +317,24 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
     }
   }
   if constexpr (R == Bounds8) {
-    // Rounded outwards; see ops/page_scores.py.
     float top = high[0], bottom = low[0];
     bool nan = false;
 #pragma unroll
     for (int c = 0; c < 8; ++c) top = fmaxf(top, high[c]), bottom = fminf(bottom, low[c]), nan |= high[c] != high[c];
     top = warp_max(top), bottom = warp_min(bottom);
     nan = __any_sync(kFullMask, nan);
-    const float quiet = __int_as_float(0x7fc00000);
-    half zero = __float2half_rd(nan ? quiet : bottom);
-    const float z = __half2float(zero);
-    half scale = __float2half_ru(nan ? quiet : fmaxf(__fdiv_rn(top - z, 255.f), 6.103515625e-5f));
-    // The quotient itself may have been rounded down onto a half.
-    if (fmaf(255.f, __half2float(scale), z) < top) scale = __ushort_as_half(__half_as_ushort(scale) + 1);
-    const float s = __half2float(scale);
+    const BoundCodes rounded(top, bottom, nan);
     u32 codes[4] = {0, 0, 0, 0};  // maxima, minima
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      float up = fminf(fmaxf(ceilf(__fdiv_rn(high[c] - z, s)), 0.f), 255.f);
-      up = fminf(up + (fmaf(s, up, z) < high[c] ? 1.f : 0.f), 255.f);
-      float down = fminf(fmaxf(floorf(__fdiv_rn(low[c] - z, s)), 0.f), 255.f);
-      down = fmaxf(down - (fmaf(s, down, z) > low[c] ? 1.f : 0.f), 0.f);
-      codes[c / 4] |= static_cast<u32>(up) << (8 * (c % 4));
-      codes[2 + c / 4] |= static_cast<u32>(down) << (8 * (c % 4));
+      codes[c / 4] |= rounded.up(high[c]) << (8 * (c % 4));
+      codes[2 + c / 4] |= rounded.down(low[c]) << (8 * (c % 4));
     }
     if (which == 0) {
       u8* const stored = p.first + place * (2 * D) + channel;
       *reinterpret_cast<uint2*>(stored) = make_uint2(codes[0], codes[1]);
       *reinterpret_cast<uint2*>(stored + D) = make_uint2(codes[2], codes[3]);
-      if (part == 0) reinterpret_cast<u32*>(p.second)[place] = pair_bits(scale, zero);
+      if (part == 0) reinterpret_cast<u32*>(p.second)[place] = pair_bits(rounded.scale, rounded.zero);
     }
   }
 }

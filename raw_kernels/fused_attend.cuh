@@ -30,14 +30,14 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
     for (int h = 0; h < 2; ++h) {
       const T* const row = k + static_cast<size_t>(static_cast<u32>(here[min(gid + 8 * h, left - 1)])) * D + tig * 8;
 #pragma unroll
-      for (int j = 0; j < kKeyPieces; ++j) keys[h][j] = load_stream16(row + j * 32);
+      for (int j = 0; j < kKeyPieces; ++j) keys[h][j] = load_fresh16(row + j * 32);
     }
     const auto load_values = [&](int j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // A token behind the end is the last one again, with a weight of 0: values that are not finite make a NaN where they are.
         const int token = 2 * tig + (i & 1) + (i & 2) * 4;
-        values[i][j] = load_stream16(v + static_cast<size_t>(static_cast<u32>(here[min(token, left - 1)])) * D + gid * 8 + j * 64);
+        values[i][j] = load_fresh16(v + static_cast<size_t>(static_cast<u32>(here[min(token, left - 1)])) * D + gid * 8 + j * 64);
       }
     };
     load_values(0);

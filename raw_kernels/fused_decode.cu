@@ -1,10 +1,11 @@
-// One decode step of one layer in one launch: pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p, and attention.
+// One decode step of one layer in one launch: the new token, pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p, and attention.
 //
 // A cluster of blocks works on one (sequence, kv head), a row: 1 block where there are rows enough to fill the GPU, up to 16 where there are 8 rows. Everything between the stages
 // stays in shared memory; the blocks of a row exchange keys, histograms and lists through it and meet at barriers. Against a launch a stage this saves the scores' and
 // logits' way to memory and back, 8 bytes a candidate and query head, and five launches, each of which waits for its slowest block and
 // begins with loads that nothing hides: 35 of the 48 us that a step took at b=1, N=32k.
 //
+//     append   the new token, by one warp of one block, the one that scores its page
 //     score    vectors [pages, Hkv, V*d], tiles of pages dealt to the blocks      -> scores, their maximum and sum
 //     select   keys to everybody, each block finds the threshold                  -> the best pages, dealt to the blocks
 //     estimate 4-bit keys of those                                                -> logits in fp16, their maximum and sum
@@ -15,18 +16,20 @@
 // turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
 // Where the list itself is asked for, pages are handed out in runs instead, so that it comes out in order.
 // Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
+#include "fused_append.cuh"
 #include "fused_attend.cuh"
 #include "fused_scores.cuh"
 #include "fused_select.cuh"
 #include "fused_top_p.cuh"
 
 struct FusedDecodeParams {
+  NewTokens fresh;           // counted in seq_lens
   const void* q;             // [b, Hq, d] half or bf16
-  const void* k_pages;       // [pages, Hkv, P, d]
-  const void* v_pages;       // likewise
-  const u8* shadow;          // [pages, Hkv, P*d/2 + 4*P]
-  const u8* codes;           // [pages, Hkv, V*d]: V = 0 takes every page, 1 means, 2 maxima and minima
-  const u32* code_params;    // [pages, Hkv, 2] half: scale, zero
+  void* k_pages;             // [pages, Hkv, P, d]
+  void* v_pages;             // likewise
+  u8* shadow;                // [pages, Hkv, P*d/2 + 4*P]
+  u8* codes;                 // [pages, Hkv, V*d]: V = 0 takes every page, 1 means, 2 maxima and minima
+  u32* code_params;          // [pages, Hkv, 2] half: scale, zero
   const int* page_table;     // [b, max_pages]
   const int* seq_lens;       // [b]
   const int* page_budget;    // [b, Hkv]
@@ -149,25 +152,44 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
     } while (now - begin < wait);
   }
-  cluster.arrive();  // a block may write to another once that one runs: each waits before its first such store
   const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
   query.quantize<D>(raw, p.q_is_bf16);
 
+  // ---- the new token ----
+  int taken = min(real, budget), entries, count = 0;
+  const int tiles = ceil_div(real, kTile);
+  const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
+  const bool chosen = Vectors != 0 && budget < real;
+  if (chosen) {
+    count = cluster.share(tiles) * kTile - (last_here ? tiles * kTile - real : 0);
+#pragma unroll 1
+    for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
+    if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
+    cp_async_commit(), cp_async_wait<0>();
+  }
+  __syncthreads();
+  // By the warp that scores the last tile: nobody else waits.
+  if (last_here && warp == (cluster.place(tiles - 1) & (kWarps - 1)) && p.fresh.k != nullptr && p.fresh.counts[batch] != 0) {
+    const long long place = static_cast<long long>(chosen ? numbers[count - 1] : table[real - 1]) * p.kv_heads + kv_head;
+    const auto write = [&](auto type) {
+      using T = decltype(type);
+      const T *const k = static_cast<const T*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1];
+      const T *const v = static_cast<const T*>(p.fresh.v) + batch * p.fresh.v_strides[0] + kv_head * p.fresh.v_strides[1];
+      append_token<T, D, Vectors>(k, v, static_cast<T*>(p.k_pages) + (place << p.page_shift) * D, static_cast<T*>(p.v_pages) + (place << p.page_shift) * D,
+                                  p.shadow + place * ((D / 2 + 4) << p.page_shift), p.codes + place * (Vectors * D), p.code_params + place, (seq_len - 1) & (page_size - 1),
+                                  page_size);
+    };
+    if (p.q_is_bf16) write(bf16());
+    else write(half());
+    __syncwarp();
+  }
+  // A block may write to another once that one runs: each waits before its first such store. What has been appended is seen then, too.
+  cluster.arrive();
+
   // ---- which pages ----
-  int taken = min(real, budget), entries;
-  const bool runs = p.kept != nullptr;
-  bool chosen = false;
   constexpr int kOwned = HeadScale<Tiles>::kOwned;
   if constexpr (Vectors != 0) {
-    if (budget < real) {
-      chosen = true;
-      const int tiles = ceil_div(real, kTile);
-      const int count = cluster.share(tiles) * kTile - (cluster.owner(tiles - 1) == rank ? tiles * kTile - real : 0);
-#pragma unroll 1
-      for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
-      if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
-      cp_async_commit(), cp_async_wait<0>();
-      __syncthreads();
+    if (chosen) {
       float2 state[kOwned];
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);

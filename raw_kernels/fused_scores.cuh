@@ -192,10 +192,10 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
       for (int h = 0; h < 2; ++h) {
         const u8* const row = codes + place(tile, gid + 8 * h) * (Vectors * D) + tig * 16;
 #pragma unroll
-        for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64);
+        for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + j * 64);
       }
 #pragma unroll
-      for (int h = 0; h < kParams; ++h) sz[i][h] = __ldg(params + place(tile, row_of<Tiles>(h, gid, tig)));
+      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(params + place(tile, row_of<Tiles>(h, gid, tig)));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -255,15 +255,15 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
       for (int h = 0; h < 2; ++h) {
         const u8* const row = block + (begin + gid + 8 * h) * (D / 2);
         if constexpr (D == 64) {
-          const uint2 v = load_stream8(row + tig * 8);
+          const uint2 v = load_fresh8(row + tig * 8);
           x[i][h][0].x = v.x, x[i][h][0].y = v.y;
         } else {
 #pragma unroll
-          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_stream16(row + j * 64 + tig * 16);
+          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + j * 64 + tig * 16);
         }
       }
 #pragma unroll
-      for (int h = 0; h < kParams; ++h) sz[i][h] = load_stream4(block + page_size * (D / 2) + (begin + row_of<Tiles>(h, gid, tig)) * 4);
+      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(block + page_size * (D / 2) + (begin + row_of<Tiles>(h, gid, tig)) * 4);
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -206,26 +207,42 @@ class LayerCache:
             ValueError, TypeError: shapes, types or counts that do not fit.
             OutOfPagesError: no room. Either way the cache is as it was.
         """
+        with self.appending(k, v, new_tokens):
+            self.write(k, v)
+
+    @contextmanager
+    def appending(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> Iterator[None]:
+        """Do what `append` does but for writing the tokens, which is left to the block: `write`, or a kernel.
+
+        Lengths and budgets are those after the step inside of it, and what it raises undoes the step.
+        """
         geometry, rows = self.geometry, self._cache.num_rows
-        single = isinstance(k, torch.Tensor) and k.ndim == 3
-        shape = (rows, *(() if single else (None,)), geometry.num_kv_heads, geometry.head_dim)
-        check_tensor("k", k, shape, dtype=geometry.dtype, device=geometry.device)
+        steps = check_new("k", k, rows, geometry)
         check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
-        if single:
-            k, v = k.unsqueeze(1), v.unsqueeze(1)
-        counts = [k.shape[1]] * rows if new_tokens is None else list(new_tokens)
-        if max(counts, default=0) > k.shape[1]:
-            raise ValueError(f"new_tokens: expected at most n={k.shape[1]}, the tokens in k, got {max(counts)}")
+        counts = [steps] * rows if new_tokens is None else list(new_tokens)
+        if max(counts, default=0) > steps:
+            raise ValueError(f"new_tokens: expected at most n={steps}, the tokens in k, got {max(counts)}")
         self._cache._begin(self, counts)
         try:
-            self._write(k, v, self.page_table, self.seq_lens, self.new_tokens)
-            if self._summarized:
-                self._summarize(*self._cache._touched(), self._summarized)
+            yield
         except BaseException:
             # A plugin's `summarize` may raise anything: no layer keeps a token that another lacks.
             self._cache._abort(self)
             raise
         self._step = self._cache._step
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the tokens of a step that `appending` has begun, and bring all metadata up to date."""
+        self._write(k, v, self.page_table, self.seq_lens, self.new_tokens)
+        if self._summarized:
+            self._summarize(*self._cache._touched(), self._summarized)
+
+    def keeps_only(self, vectors: Sequence[torch.Tensor]) -> bool:
+        """Return whether appending keeps K, V, 4-bit keys and these 8-bit vectors of pages up to date, and no more."""
+        kept = () if self._summary is None else self._summary.tensors
+        paged = self._summary is None or (self._summary.rule != "label" and self._summary.bits == 8)
+        same = len(kept) == len(vectors) and all(one is other for one, other in zip(kept, vectors, strict=True))
+        return paged and same and not self.dense and not self._summarized and self._value_summary is None
 
     def _write(
         self,
@@ -235,6 +252,8 @@ class LayerCache:
         seq_lens: torch.Tensor,
         new_tokens: torch.Tensor,
     ) -> None:
+        if k.ndim == 3:
+            k, v = k.unsqueeze(1), v.unsqueeze(1)
         ops.append(
             k, v, self.k_pages, self.v_pages, self.shadow, page_table, seq_lens, new_tokens,
             summary=self._summary, value_summary=self._value_summary,
@@ -262,6 +281,14 @@ class LayerCache:
                 for name in wanted:
                     buffer = self._metadata[name]
                     buffer[which] = summary[name].to(buffer.dtype)
+
+
+def check_new(name: str, new: torch.Tensor, rows: int, geometry: Geometry) -> int:
+    """Check keys or values of a step, `[b, n, Hkv, d]` or `[b, Hkv, d]`, and return n."""
+    single = isinstance(new, torch.Tensor) and new.ndim == 3
+    shape = (rows, *(() if single else (None,)), geometry.num_kv_heads, geometry.head_dim)
+    check_tensor(name, new, shape, dtype=geometry.dtype, device=geometry.device)
+    return 1 if single else new.shape[1]
 
 
 class PagedKVCache:

@@ -12,13 +12,14 @@ steps, which is how it knows the lengths without asking. Shapes and grids come f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from twilight.budget import Budget, UniformBudget
-from twilight.cache import LayerCache, PagedKVCache
+from twilight.cache import LayerCache, PagedKVCache, check_new
 from twilight.checks import check_positive, check_tensor
 from twilight.errors import CaptureError
 from twilight.ops.append import touched_pages
@@ -78,22 +79,30 @@ class StaticLayer:
 
     def append(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> None:
         """Add tokens, as `LayerCache.append` does; by default one to every active row, which can be captured."""
-        static, layer, geometry = self._static, self._layer, self._layer.geometry
-        single = isinstance(k, torch.Tensor) and k.ndim == 3
-        shape = (len(static.lengths), *(() if single else (None,)), geometry.num_kv_heads, geometry.head_dim)
-        check_tensor("k", k, shape, dtype=geometry.dtype, device=geometry.device)
+        with self.appending(k, v, new_tokens):
+            self.write(k, v)
+
+    @contextmanager
+    def appending(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> Iterator[None]:
+        """Do what `append` does but for writing the tokens, as `LayerCache.appending` does."""
+        static, geometry = self._static, self._layer.geometry
+        steps = check_new("k", k, len(static.lengths), geometry)
         check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
-        if single:
-            k, v = k.unsqueeze(1), v.unsqueeze(1)
-        if new_tokens is None and k.shape[1] != 1:
-            new_tokens = [k.shape[1] * int(active) for active in static._active]
+        if new_tokens is None and steps != 1:
+            new_tokens = [steps * int(active) for active in static._active]
         if self._step == static._step:
             static._begin(new_tokens)
         self._step = static._step
-        added = static._added
+        yield
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the tokens of a step that `appending` has begun, and bring all metadata up to date."""
+        layer, added = self._layer, self.new_tokens
         layer._write(k, v, self.page_table, self.seq_lens, added)
         if layer._summarized:
-            pages, filled = touched_pages(self.page_table, self.seq_lens, added, k.shape[1], geometry.page_size)
+            steps = 1 if k.ndim == 3 else k.shape[1]
+            size = layer.geometry.page_size
+            pages, filled = touched_pages(self.page_table, self.seq_lens, added, steps, size)
             layer._summarize(pages, filled, layer._summarized)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from tests.caches import fill
-from twilight import Geometry, ops
+from twilight import Geometry, PagedKVCache, ops
 from twilight.budget import Budget
 from twilight.ops.quantize import split_shadow, unpack
+from twilight_selectors.block_mean import BlockMean
+from twilight_selectors.full import Full
 from twilight_selectors.quest import Quest
 
 fused = sys.modules["twilight.ops.fused_decode"]  # `ops.fused_decode` is the function
@@ -111,6 +113,38 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 1.5)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
+
+
+@pytest.mark.parametrize("selector", [Quest(), BlockMean(), Full()], ids=lambda s: s.name)
+def test_a_new_token_is_where_append_would_have_put_it(selector):
+    # The last row has no page before its token, so that pages have the same owners in both caches.
+    lengths, counts = [301, 48, 0, 97, 1], torch.tensor([1, 1, 0, 0, 1], dtype=torch.int32)
+    geometry = Geometry(1, 6, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
+    caches, q = [], 3 * torch.randn(5, 6, 64)
+    for missing in (torch.zeros_like(counts), counts):
+        torch.manual_seed(0)
+        have = (torch.tensor(lengths) - missing).tolist()
+        cache = PagedKVCache(geometry, num_rows=5, num_pages=40, selector=selector)
+        k, v = torch.randn(2, 5, max(lengths), 2, 64)
+        cache.layers[0].append(k, v, have)
+        caches.append(cache)
+    whole, short = (cache.layers[0] for cache in caches)
+    newest = (torch.arange(5), torch.tensor(lengths).clamp(min=1) - 1)
+    new = ops.NewTokens(k[newest], v[newest], counts)
+    third = (torch.tensor(lengths, dtype=torch.int32) // 3 + 1)[:, None].repeat(1, 2)
+    budget = None if selector.name == "full" else Budget(third, 110)
+
+    def run(layer, new):
+        pages = (layer.k_pages, layer.v_pages, layer.shadow, selector.ranking(layer).vectors)
+        return ops.fused_decode(q, *pages, whole.page_table, whole.seq_lens, budget, 0.8, lists=True, new=new)
+
+    want, got = run(whole, None), run(short, new)
+    used = sorted({int(page) for page in whole.page_table.flatten() if page})
+    mine, theirs = (
+        (each.k_pages, each.v_pages, each.shadow, *selector.ranking(each).vectors) for each in (short, whole)
+    )
+    assert all(a[used].equal(b[used]) for a, b in zip(mine, theirs, strict=True))
+    assert got.out.equal(want.out) and got.pruned.selection.lengths.equal(want.pruned.selection.lengths)
 
 
 H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_cluster": 16}

@@ -223,6 +223,98 @@ def test_replays_follow_lengths_and_budgets(lengths):
         assert torch.equal(got.candidates.lengths, page_budget)
 
 
+class Step:
+    """A case whose rows' newest tokens have yet to be appended, and the same after `ops.append` has done it."""
+
+    def __init__(self, lengths, counts=None, *, vectors=2, **options):
+        self.case, self.whole = (Case(lengths, vectors=vectors, **options) for _ in range(2))
+        case, shape = self.case, (len(lengths), self.case.heads, self.case.q.shape[-1])
+        counts = [int(n > 0) for n in lengths] if counts is None else counts
+        # Cut from the projection of q, k and v at once, as models do.
+        qkv = (2 * torch.randn(shape[0], 4, *shape[1:], device="cuda")).to(case.q.dtype)
+        self.new = ops.NewTokens(qkv[:, 1], qkv[:, 3], torch.tensor(counts, dtype=torch.int32, device="cuda"))
+        self.rule = {0: None, 1: "mean", 2: "bounds"}[vectors]
+
+    def append(self):
+        whole, new = self.whole, self.new
+        ops.append(
+            new.k[:, None], new.v[:, None], whole.k_pages, whole.v_pages, whole.shadow, whole.table, whole.seq_lens,
+            new.counts, summary=self.rule and ops.Summary(self.rule, whole.vectors), backend="cuda",
+        )  # fmt: skip
+        return whole
+
+    def buffers(self):
+        for each in (self.case, self.whole):
+            yield [part.view(torch.uint8) for part in (each.k_pages, each.v_pages, each.shadow, *each.vectors)]
+
+
+def check_step(step, **options):
+    before = [part.clone() for part in next(step.buffers())]
+    want, got = step.append().run(0.9, **options), step.case.run(0.9, new=step.new, **options)
+    mine, theirs = step.buffers()
+    changed = [not part.equal(old) for part, old in zip(mine, before, strict=True)]
+    assert all(changed) == bool(step.new.counts.any()), "there is something to append, or there is not"
+    for part, other in zip(mine, theirs, strict=True):
+        assert part.equal(other)
+    for a, b in ((got.out, want.out), (got.lse, want.lse), (got.pruned.mass, want.pruned.mass)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert got.pruned.selection.lengths.equal(want.pruned.selection.lengths)
+    assert got.candidates.lengths.equal(want.candidates.lengths)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim,page", [(64, 16), (64, 32), (128, 16), (128, 32), (256, 16), (256, 32)])
+@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 8)])
+def test_a_new_token_as_append_writes_it(vectors, dtype, dim, page, heads, group):
+    lengths = [1500, 0, 1, 777, 16, 17, 32, 33, 4100, 2]
+    options = {"vectors": vectors, "heads": heads, "group": group, "dim": dim, "page": page, "dtype": dtype}
+    check_step(Step(lengths, [1, 0, 1, 1, 1, 1, 1, 1, 0, 1], **options))
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("vectors,share", [(0, 1.0), (1, 0.25), (2, 0.25), (2, 1.0)])
+@pytest.mark.parametrize("lengths", [[32768], [32769], [131071], [9000, 17, 4097], [3000] * 40, [256 * 16 - 15] * 70])
+def test_a_new_token_in_every_size_of_cluster(lengths, vectors, share, lists):
+    if vectors == 0 and max(lengths) > 40000:
+        lengths = [40001]
+    check_step(Step(lengths, vectors=vectors, share=share, heads=8), lists=lists)
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_new_tokens_of_any_value(vectors):
+    step = Step([100] * 6, vectors=vectors, heads=2)
+    step.new.k[0] = 3.0
+    step.new.k[1, :, 5] = torch.nan
+    step.new.k[2, :, 7] = torch.inf
+    step.new.k[3] = 0.0
+    step.new.v[4] = torch.nan
+    step.new.k[5] *= 1e4
+    check_step(step)
+
+
+def test_no_new_tokens():
+    check_step(Step([100, 5000], [0, 0], heads=2))
+
+
+def test_a_replayed_step_appends_where_the_row_then_ends():
+    step = Step([4000, 900], heads=4)
+    start = step.case.seq_lens - 40
+    step.case.seq_lens.copy_(start), step.whole.seq_lens.copy_(start)
+    graph = torch.cuda.CUDAGraph()
+    step.case.run(0.9, lists=False, new=step.new), step.append().run(0.9, lists=False)
+    with torch.cuda.graph(graph):
+        got = step.case.run(0.9, lists=False, new=step.new)
+    for i in range(40):
+        step.new.k.copy_(torch.randn_like(step.new.k)), step.new.v.copy_(torch.randn_like(step.new.v))
+        step.new.counts[1] = i % 3 > 0
+        step.case.seq_lens.add_(step.new.counts), step.whole.seq_lens.add_(step.new.counts)
+        graph.replay()
+        want = step.append().run(0.9, lists=False)
+        assert got.out.equal(want.out) and got.lse.equal(want.lse)
+        assert all(a.equal(b) for a, b in zip(*step.buffers(), strict=True))
+
+
 def test_nan_stays_in_its_row():
     case = Case([3000, 3000, 3000], heads=2)
     want = case.run(0.9)

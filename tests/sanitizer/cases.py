@@ -376,6 +376,9 @@ def fused_decode(at: At) -> Iterator[Any]:
         pages, paged = (cache.k_pages, cache.v_pages, cache.shadow), (cache.table, cache.seq_lens)
         for what, p, lists in kinds:
             vectors, budget = (cache.vectors(*what), cache.budget(0.4)) if what else ((), None)
-            step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists)
+            there = at.ints([int(n > 0) for n in lengths])
+            k, v = (at.randn(len(lengths), heads, dim, dtype=dtype) for _ in range(2))
+            new = ops.NewTokens(k, v, there) if lists else None
+            step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists, new=new)
             yield step.out, step.lse, step.candidates.lengths
             yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass

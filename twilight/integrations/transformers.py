@@ -227,9 +227,12 @@ class Handle:
             if sparse:
                 self.attention.selector.observe(query.transpose(1, 2).expand(len(counts), -1, -1, -1), pages)
             return self._sdpa(module, query, key, value, None, scaling, **kwargs)
-        pages.append(key[:, :, 0], value[:, :, 0])
-        attend = self.attention.attend if sparse else attend_densely
-        out, _ = attend(query[:, :, 0], pages)
+        q, k, v = query[:, :, 0], key[:, :, 0], value[:, :, 0]
+        if sparse:
+            out, _ = self.attention.decode(q, k, v, pages)
+        else:
+            pages.append(k, v)
+            out, _ = attend_densely(q, pages)
         return out.unsqueeze(1), None
 
     def _attend_paged(

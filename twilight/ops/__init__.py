@@ -5,7 +5,7 @@ from twilight.ops.attention_mass import attention_mass
 from twilight.ops.attention_weights import attention_weights
 from twilight.ops.budget import budget
 from twilight.ops.dense_attention import dense_attention, exact_logits
-from twilight.ops.fused_decode import fused_decode
+from twilight.ops.fused_decode import NewTokens, fused_decode
 from twilight.ops.label_scores import label_scores
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
@@ -23,6 +23,7 @@ from twilight.ops.window_scores import window, window_scores
 
 __all__ = [
     "MeanValues",
+    "NewTokens",
     "Summary",
     "Tail",
     "append",

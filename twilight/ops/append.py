@@ -194,7 +194,7 @@ def _cuda(
     b, steps, kv_heads, dim = k.shape
     page_size = k_pages.shape[2]
     # A lane reads 16 bytes at a time.
-    k, v = (t if _aligned(t) else t.contiguous() for t in (k, v))
+    k, v = (t if aligned(t) else t.contiguous() for t in (k, v))
     page_table, seq_lens, new_tokens = page_table.contiguous(), seq_lens.contiguous(), new_tokens.contiguous()
     pages_per_row = (steps + page_size - 2) // page_size + 1
     rule = _RULES.index(None if summary is None else (summary.rule, summary.bits))
@@ -223,6 +223,7 @@ def _places(summary: Summary | None) -> tuple[int | None, int | None]:
     return first, second
 
 
-def _aligned(tensor: torch.Tensor) -> bool:
-    row, token, head, channel = tensor.stride()
-    return channel == 1 and (row | token | head) % 8 == 0 and tensor.data_ptr() % 16 == 0
+def aligned(tensor: torch.Tensor) -> bool:
+    """Return whether every row of halves begins at a multiple of 16 bytes, and is contiguous."""
+    *outer, channel = tensor.stride()
+    return channel == 1 and not any(stride % 8 for stride in outer) and tensor.data_ptr() % 16 == 0

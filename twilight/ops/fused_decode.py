@@ -1,8 +1,8 @@
-"""Fused decode: pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p and attention in one launch.
+"""Fused decode: append, page scores, top-k, logits from the 4-bit keys, top-p and attention in one launch.
 
-What it computes is what the operators compute one after another, `page_scores`, `top_k`, `estimate_scores`, `top_p` and
-`sparse_attention`, which is also how the reference is written. The kernel keeps everything between them in shared
-memory; see raw_kernels/fused_decode.cu.
+What it computes is what the operators compute one after another, `append`, `page_scores`, `top_k`, `estimate_scores`,
+`top_p` and `sparse_attention`, which is also how the reference is written. The kernel keeps everything between them in
+shared memory; see raw_kernels/fused_decode.cu.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch
 from twilight import kernels
 from twilight.budget import Budget
 from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
+from twilight.ops.append import aligned, append
 from twilight.ops.page_scores import page_scores
 from twilight.ops.quantize import shadow_bytes
 from twilight.ops.scratch import shared_memory
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
+from twilight.ops.summaries import Summary
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import Pruned, top_p
 from twilight.selection import Selection
@@ -38,6 +40,9 @@ class FusedDecodeParams(ctypes.Structure):
     """Mirrors the struct of raw_kernels/fused_decode.cu."""
 
     _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("k", "v", "new_tokens")),
+        ("k_strides", ctypes.c_longlong * 2),
+        ("v_strides", ctypes.c_longlong * 2),
         *((name, ctypes.c_void_p) for name in (
             "q", "k_pages", "v_pages", "shadow", "codes", "code_params", "page_table", "seq_lens", "page_budget",
             "candidates", "candidate_lengths", "kept", "kept_lengths", "per_query_head", "mass", "out", "lse",
@@ -56,6 +61,20 @@ INSTANTIATIONS = tuple(
     for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
     if dim < 256 or warps == 8
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """A token of each sequence that is not in its pages yet.
+
+    Attributes:
+        k, v: `[b, Hkv, d]`.
+        counts: `[b]` int32, 1 where there is one and 0 elsewhere; those that there are, `seq_lens` counts.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    counts: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -90,11 +109,13 @@ def fused_decode(
     sm_scale: float | None = None,
     reduce: str = "softmax",
     lists: bool = False,
+    new: NewTokens | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> FusedDecode:
     """Choose pages by their vectors, prune their tokens to the mass p, and attend to what is left.
 
-    The newest page is always chosen and counts towards the budget.
+    The newest page is always chosen and counts towards the budget. With `new`, its token is first written to where it
+    belongs, in place, as `append` writes it: K, V, the 4-bit keys and the vectors.
 
     Args:
         q: `[b, Hq, d]`.
@@ -109,6 +130,7 @@ def fused_decode(
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
         reduce: how query heads are combined to rank pages; see `twilight.combine_group`.
         lists: return the indices too, not only how many there are.
+        new: tokens to append first. Two vectors of a page are then bounds of its keys, and one is their mean.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
     pool, kv_heads, page_size, dim = check_tensor("k_pages", k_pages, (None,) * 4, dtype=FLOAT_DTYPES).shape
@@ -131,9 +153,19 @@ def fused_decode(
     scale = dim**-0.5 if sm_scale is None else sm_scale
     if not 0.0 < scale < math.inf:
         raise ValueError(f"sm_scale: expected a positive number, got {sm_scale}")
+    if new is not None:
+        for name in ("k", "v"):
+            check_tensor(name, getattr(new, name), (batch, kv_heads, dim), dtype=k_pages.dtype, device=device)
+        check_tensor("counts", new.counts, (batch,), dtype=torch.int32, device=device)
     pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
     if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget)):
-        return _cuda(q, *pages, budget, p, scale, reduce, lists)
+        return _cuda(q, *pages, budget, p, scale, reduce, lists, new)
+    if new is not None:
+        rule = {0: None, dim: "mean", 2 * dim: "bounds"}[vectors[0].shape[-1] if vectors else 0]
+        append(
+            new.k[:, None], new.v[:, None], k_pages, v_pages, shadow, page_table, seq_lens, new.counts,
+            summary=None if rule is None else Summary(rule, tuple(vectors)), backend="torch",
+        )  # fmt: skip
     if vectors and budget is not None:
         scores = page_scores(q, vectors, page_table, seq_lens, page_size=page_size, backend="torch")
         candidates = top_k(
@@ -305,6 +337,7 @@ def _cuda(
     sm_scale: float,
     reduce: str,
     lists: bool,
+    new: NewTokens | None,
 ) -> FusedDecode:
     b, q_heads, dim = q.shape
     shape = _shape(q, k_pages, vectors, page_table, budget)
@@ -325,9 +358,14 @@ def _cuda(
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
+    added: tuple[torch.Tensor, ...] = ()
+    if new is not None:
+        added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
     kernel = _kernel(dim, group, count, plan.warps, index)
     sms = kernels.num_sms(index)
     params = FusedDecodeParams(
+        *((part.data_ptr() for part in added) if added else (None, None, None)),
+        *((part.stride()[:2] for part in added[:2]) if added else ((0, 0), (0, 0))),
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
         vectors[0].data_ptr() if vectors else None, vectors[1].data_ptr() if vectors else None,
         page_table.data_ptr(), seq_lens.data_ptr(), None if page_budget is None else page_budget.data_ptr(),

@@ -1,0 +1,132 @@
+"""Which steps one launch does, the new token included, and that they are the steps of the stages one after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.caches import fill
+from tests.test_graph import GPU
+from twilight import BoundedTopP, Geometry, TopP, TwilightAttention, kernels, ops
+from twilight.graph import DecodeGraph, StaticCache
+from twilight.selector import MetadataSpec
+from twilight_selectors.block_mean import BlockMean
+from twilight_selectors.full import Full
+from twilight_selectors.quest import Quest
+
+LENGTHS, LAYERS = [700, 33, 260], 3
+
+
+class QuestAndMore(Quest):
+    """Keeps something beside the bounds, which append cannot bring up to date."""
+
+    def metadata(self, geometry):
+        return (*super().metadata(geometry), MetadataSpec("count", (1,), torch.float32))
+
+    def summarize(self, keys, valid, layer):
+        return {"count": valid.sum(-1)[:, None, None].expand(-1, keys.shape[1], 1)}
+
+
+def caches(selector, device, dtype, pruner=None, count=2):
+    geometry = Geometry(LAYERS, 8, 2, 64, dtype=dtype, device=torch.device(device))
+    made = []
+    for _ in range(count):
+        torch.manual_seed(0)
+        made.append(fill(geometry, LENGTHS, selector, spare=4, pruner=pruner)[0])
+    return made
+
+
+@pytest.mark.parametrize(
+    "selector,pruner,expected",
+    [
+        (Quest(), TopP(), True),
+        (BlockMean(), TopP(), True),
+        (Full(), TopP(), True),
+        (Quest(metadata_type="native"), TopP(), False),
+        (QuestAndMore(), TopP(), False),
+        (Quest(), BoundedTopP(tail="page_mean"), False),
+        (Quest(), BoundedTopP(), True),
+    ],
+    ids=["quest", "means", "nothing", "not in 8 bits", "more", "tail", "bounds"],
+)
+def test_what_else_a_cache_keeps_is_not_left_to_the_launch(selector, pruner, expected):
+    cache = caches(selector, "cpu", torch.float32, pruner, count=1)[0]
+    layer = cache.layers[0]
+    vectors = () if selector.name == "full" else tuple(layer.metadata(s.name) for s in layer.specs if s.name != "count")
+    assert layer.keeps_only(vectors) == expected
+    assert StaticCache(cache, 800, 60).layers[0].keeps_only(vectors) == expected
+    assert selector.name == "full" or not layer.keeps_only(()), "the vectors of the pages would be forgotten"
+    assert not layer.keeps_only(tuple(part.clone() for part in vectors) or (layer.shadow,)), "those are not its own"
+
+
+def launches(monkeypatch):
+    seen, launch = [], kernels.Kernel.launch
+    monkeypatch.setattr(
+        kernels.Kernel, "launch", lambda self, *args, **options: seen.append(self) or launch(self, *args, **options)
+    )
+    return seen
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(
+    "selector,in_one",
+    [(Quest(), True), (BlockMean(), True), (Full(), True), (QuestAndMore(), False)],
+    ids=["quest", "means", "full", "more"],
+)
+def test_a_step_is_what_appending_and_attending_are(selector, in_one, static, device, monkeypatch):
+    # A p of its own for each layer, far enough apart that the wrong one shows.
+    ps = (0.3, 0.95, 0.6)
+    attention = TwilightAttention(selector, TopP(0.1, layer_p=ps), 0.5)
+    pair = caches(selector, device, torch.bfloat16)
+    layers = [(StaticCache(cache, 800, 60) if static else cache).layers for cache in pair]
+    seen = launches(monkeypatch)
+    torch.manual_seed(1)
+    for _ in range(20):
+        for mine, theirs, p in zip(*layers, ps, strict=True):
+            q = torch.randn(3, 8, 64, device=device).bfloat16()
+            k, v = torch.randn(2, 3, 2, 64, device=device).bfloat16()
+            theirs.append(k, v)
+            vectors = selector.ranking(theirs).vectors
+            budget = theirs.budget(attention.budget)
+            want = ops.fused_decode(
+                q, theirs.k_pages, theirs.v_pages, theirs.shadow, vectors, theirs.page_table, theirs.seq_lens,
+                budget if vectors else None, p,
+            )  # fmt: skip
+            mine.budget(attention.budget)
+            seen.clear()
+            out, lse = attention.decode(q, k, v, mine)
+            assert len(seen) == (1 if in_one else 2) or mine is layers[0][0]
+            assert out.equal(want.out) and lse.equal(want.lse)
+            for name in ("k_pages", "v_pages", "shadow"):
+                assert getattr(mine, name)[1:].equal(getattr(theirs, name)[1:])
+            for spec in mine.specs:
+                assert mine.metadata(spec.name)[1:].equal(theirs.metadata(spec.name)[1:])
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_a_captured_step_appends_to_active_rows_alone(device):
+    attention = TwilightAttention(Quest(), TopP(0.8, layer_p=(0.5, 0.9, 0.99)), 0.5)
+    statics = [StaticCache(cache, 800, 60) for cache in caches(Quest(), device, torch.bfloat16)]
+    for static in statics:
+        static.set_active([0, 2])
+    q = torch.zeros(LAYERS, 3, 8, 64, device=device, dtype=torch.bfloat16)
+    k, v = torch.zeros(2, LAYERS, 3, 2, 64, device=device, dtype=torch.bfloat16)
+    graph = DecodeGraph(
+        statics[0], lambda: [attention.decode(q[i], k[i], v[i], statics[0].layers[i])[0] for i in range(LAYERS)]
+    )
+    for step in range(40):
+        if step == 20:
+            for static in statics:
+                static.set_active([1, 2])
+        for part in (q, k, v):
+            part.copy_(torch.randn_like(part))
+        got = graph.replay()
+        for i in range(LAYERS):
+            statics[1].layers[i].append(k[i], v[i])
+            out, _ = attention.attend(q[i], statics[1].layers[i])
+            assert got[i].equal(out)
+    assert statics[0].lengths == [720, 53, 300]
+    for mine, theirs in zip(statics[0].layers, statics[1].layers, strict=True):
+        for name in ("k_pages", "v_pages", "shadow"):
+            assert getattr(mine, name)[1:].equal(getattr(theirs, name)[1:])
