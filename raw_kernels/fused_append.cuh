@@ -48,80 +48,115 @@ __device__ __forceinline__ void store_bytes(u8* p, const u32 (&code)[kEach]) {
   if constexpr (kEach == 8) *reinterpret_cast<uint2*>(p) = make_uint2(w[0], w[1]);
 }
 
-// Write token `slot` of a page, and what is kept of the page: bounds (Vectors = 2) or means (1) of its tokens up to this one, in 8 bits. All pointers but the first two are
-// this page's and kv head's; what `params`, `codes` and the rest get is there for the warp after a __syncwarp, for others after a barrier.
-template <typename T, int D, int Vectors>
-__device__ __forceinline__ void append_token(const T* k, const T* v, T* k_page, T* v_page, u8* shadow, u8* codes, u32* params, int slot, int page_size) {
-  constexpr int kEach = D / kWarp, kWords = kEach / 2, kAhead = D == 256 ? 8 : 16;
-  const int lane = lane_id(), channel = lane * kEach;
-  Piece<kWords> key, value;
-  key.load(k + channel), value.load(v + channel);
-  float x[kEach];
-  const auto spread = [&](const Piece<kWords>& from) {
+// The mean of a page's keys or values, its first `slot` from `page` and the last one in `fresh`, in 8 bits to `codes` and `params`.
+template <typename T, int D, int kWords>
+__device__ __forceinline__ void write_page_mean(const T* page, const Piece<kWords>& fresh, int slot, u8* codes, u32* params) {
+  constexpr int kEach = 2 * kWords, kAhead = D == 256 ? 8 : 16;
+  const int channel = lane_id() * kEach;
+  float mean[kEach] = {};
+  const auto add = [&](const Piece<kWords>& from) {
+#pragma unroll
+    for (int j = 0; j < kWords; ++j) {
+      const float2 x = unpack2<T>(from.w[j]);
+      mean[2 * j] += x.x, mean[2 * j + 1] += x.y;
+    }
+  };
+#pragma unroll 1
+  for (int first = 0; first < slot; first += kAhead) {
+    Piece<kWords> old[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) old[i].load(page + min(first + i, slot - 1) * D + channel);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (first + i < slot) add(old[i]);
+  }
+  add(fresh);
+  float top = -inf(), bottom = inf();
+  bool nan = false;
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) {
+    mean[c] = __fdiv_rn(mean[c], static_cast<float>(slot + 1));
+    top = fmaxf(top, mean[c]), bottom = fminf(bottom, mean[c]), nan |= mean[c] != mean[c];
+  }
+  const Codes<255> rounded(warp_max(top), warp_min(bottom), __any_sync(kFullMask, nan));
+  u32 code[kEach];
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) code[c] = rounded(mean[c]);
+  store_bytes<kEach>(codes + channel, code);
+  if (lane_id() == 0) *params = pair_bits(rounded.scale, rounded.zero);
+}
+
+// Likewise of bounds, rounded outwards.
+template <typename T, int D, int kWords>
+__device__ __forceinline__ void write_page_bounds(const T* page, const Piece<kWords>& fresh, int slot, u8* codes, u32* params) {
+  constexpr int kEach = 2 * kWords, kAhead = D == 256 ? 8 : 16;
+  const int channel = lane_id() * kEach;
+  float high[kEach], low[kEach];
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) high[c] = -inf(), low[c] = inf();
+  const auto widen = [&](const Piece<kWords>& from) {
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
       const float2 pair = unpack2<T>(from.w[j]);
-      x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
+      const float x[2] = {pair.x, pair.y};
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {  // a NaN stays
+        asm("max.NaN.f32 %0, %0, %1;" : "+f"(high[2 * j + k]) : "f"(x[k]));
+        asm("min.NaN.f32 %0, %0, %1;" : "+f"(low[2 * j + k]) : "f"(x[k]));
+      }
     }
   };
-  if constexpr (Vectors != 0) {
-    float high[kEach], low[kEach];  // or the sum, in `high`
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) high[c] = Vectors == 2 ? -inf() : 0.f, low[c] = inf();
-    const auto include = [&](const Piece<kWords>& from) {
-      spread(from);
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) {
-        if constexpr (Vectors == 1) {
-          high[c] += x[c];
-        } else {
-          asm("max.NaN.f32 %0, %0, %1;" : "+f"(high[c]) : "f"(x[c]));
-          asm("min.NaN.f32 %0, %0, %1;" : "+f"(low[c]) : "f"(x[c]));
-        }
-      }
-    };
 #pragma unroll 1
-    for (int first = 0; first < slot; first += kAhead) {
-      Piece<kWords> old[kAhead];
+  for (int first = 0; first < slot; first += kAhead) {
+    Piece<kWords> old[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) old[i].load(k_page + min(first + i, slot - 1) * D + channel);
+    for (int i = 0; i < kAhead; ++i) old[i].load(page + min(first + i, slot - 1) * D + channel);
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (Vectors == 2 || first + i < slot) include(old[i]);  // a key twice changes no bound
-      }
-    }
-    include(key);
-    float top = -inf(), bottom = inf();
-    bool nan = false;
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) {
-      if constexpr (Vectors == 1) low[c] = high[c] = __fdiv_rn(high[c], static_cast<float>(slot + 1));
-      top = fmaxf(top, high[c]), bottom = fminf(bottom, low[c]), nan |= high[c] != high[c];
-    }
-    top = warp_max(top), bottom = warp_min(bottom), nan = __any_sync(kFullMask, nan);
-    u32 code[kEach];
-    if constexpr (Vectors == 1) {
-      const Codes<255> rounded(top, bottom, nan);
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) code[c] = rounded(high[c]);
-      store_bytes<kEach>(codes + channel, code);
-      if (lane == 0) *params = pair_bits(rounded.scale, rounded.zero);
-    } else {
-      const BoundCodes rounded(top, bottom, nan);
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) code[c] = rounded.up(high[c]);
-      store_bytes<kEach>(codes + channel, code);
-#pragma unroll
-      for (int c = 0; c < kEach; ++c) code[c] = rounded.down(low[c]);
-      store_bytes<kEach>(codes + D + channel, code);
-      if (lane == 0) *params = pair_bits(rounded.scale, rounded.zero);
-    }
+    for (int i = 0; i < kAhead; ++i) widen(old[i]);  // a key twice changes no bound
   }
-
-  key.store(k_page + slot * D + channel), value.store(v_page + slot * D + channel);
-  spread(key);
+  widen(fresh);
   float top = -inf(), bottom = inf();
   bool nan = false;
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) top = fmaxf(top, high[c]), bottom = fminf(bottom, low[c]), nan |= high[c] != high[c];
+  const BoundCodes rounded(warp_max(top), warp_min(bottom), __any_sync(kFullMask, nan));
+  u32 code[kEach];
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) code[c] = rounded.up(high[c]);
+  store_bytes<kEach>(codes + channel, code);
+#pragma unroll
+  for (int c = 0; c < kEach; ++c) code[c] = rounded.down(low[c]);
+  store_bytes<kEach>(codes + D + channel, code);
+  if (lane_id() == 0) *params = pair_bits(rounded.scale, rounded.zero);
+}
+
+// Where one page of one kv head lies.
+template <typename T>
+struct PagePlace {
+  T *k, *v;
+  u8 *shadow, *codes, *value_codes;  // the last is null where no mean of the values is kept
+  u32 *params, *value_params;
+};
+
+// Write token `slot` of a page, and what is kept of the page: bounds (Vectors = 2) or means (1) of its keys up to this one, and the mean of its values. It is there for the
+// warp after a __syncwarp, for others after a barrier.
+template <typename T, int D, int Vectors>
+__device__ __forceinline__ void append_token(const T* k, const T* v, const PagePlace<T>& page, int slot, int page_size) {
+  constexpr int kEach = D / kWarp, kWords = kEach / 2;
+  const int lane = lane_id(), channel = lane * kEach;
+  Piece<kWords> key, value;
+  key.load(k + channel), value.load(v + channel);
+  if constexpr (Vectors == 1) write_page_mean<T, D>(page.k, key, slot, page.codes, page.params);
+  if constexpr (Vectors == 2) write_page_bounds<T, D>(page.k, key, slot, page.codes, page.params);
+  if (page.value_codes) write_page_mean<T, D>(page.v, value, slot, page.value_codes, page.value_params);
+  key.store(page.k + slot * D + channel), value.store(page.v + slot * D + channel);
+  float x[kEach], top = -inf(), bottom = inf();
+  bool nan = false;
+#pragma unroll
+  for (int j = 0; j < kWords; ++j) {
+    const float2 pair = unpack2<T>(key.w[j]);
+    x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
+  }
 #pragma unroll
   for (int c = 0; c < kEach; ++c) top = fmaxf(top, x[c]), bottom = fminf(bottom, x[c]), nan |= x[c] != x[c];
   const Codes<15> quantized(warp_max(top), warp_min(bottom), __any_sync(kFullMask, nan));
@@ -131,6 +166,6 @@ __device__ __forceinline__ void append_token(const T* k, const T* v, T* k_page, 
   // Byte j holds channel j and, shifted, channel j + d/2, which lane + 16 has.
 #pragma unroll
   for (int c = 0; c < kEach; ++c) code[c] |= __shfl_xor_sync(kFullMask, code[c], kWarp / 2) << 4;
-  if (lane < kWarp / 2) store_bytes<kEach>(shadow + slot * (D / 2) + channel, code);
-  if (lane == 0) *reinterpret_cast<u32*>(shadow + page_size * (D / 2) + slot * 4) = pair_bits(quantized.scale, quantized.zero);
+  if (lane < kWarp / 2) store_bytes<kEach>(page.shadow + slot * (D / 2) + channel, code);
+  if (lane == 0) *reinterpret_cast<u32*>(page.shadow + page_size * (D / 2) + slot * 4) = pair_bits(quantized.scale, quantized.zero);
 }

@@ -7,16 +7,15 @@
 // S^T comes out as P goes in: no transpose.
 #pragma once
 
-#include "fused_scores.cuh"
+#include "fused_tail.cuh"
 
-__device__ __forceinline__ float finite_top(float m) { return m == -inf() ? 0.f : m; }  // keeps -inf - -inf out of exponents
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// One warp's part, `q` [group, D] in shared memory: tiles warp, warp + kWarps, ... of `count` tokens at the rows `places` of K and V. Leaves the state of head gid in (top, sum), over this warp's tokens, and
+// One warp's part, `q` [group, D] in shared memory: tiles warp, warp + kWarps, ... of `count` tokens at the rows `places` of K and V, and of the pages of `tail`. Leaves the state of head gid in (top, sum), over this warp's tokens, and
 // O, not normalised, in `o_out` [kWarps, group, D]. All warps of the block come.
 template <typename T, int D, int kWarps>
-__device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, const int* places, int count, int group, float scale_log2, float* o_out, float& top,
-                                            float& sum) {
+__device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, const int* places, int count, int group, float scale_log2, const PrunedPages& tail,
+                                            float* o_out, float& top, float& sum) {
   constexpr int kKeyPieces = D / 32, kValuePieces = D / 64;
   const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const u32 query_at = smem_address(q + min(gid, group - 1) * D + tig * 8);  // heads from `group` on repeat the last, and nobody looks
@@ -54,7 +53,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
     }
 #pragma unroll
     for (int j = 1; j < kValuePieces; ++j) load_values(j);  // where the keys were: all at once would not fit 128 registers
-    float x[2][2], best = top;
+    float x[2][2], best = -inf();
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
@@ -63,15 +62,8 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         x[h][c] = real ? s[h][c] * scale_log2 : -inf();
         best = fmaxf(best, x[h][c]);
       }
-    best = warp_max<4>(best);
-    const float shift = fast_exp2(top - finite_top(best));
-    if (__any_sync(kFullMask, best > top)) {
-      const float shift0 = __shfl_sync(kFullMask, shift, 8 * tig), shift1 = __shfl_sync(kFullMask, shift, 8 * tig + 4);
-#pragma unroll
-      for (int m = 0; m < 4 * kValuePieces; ++m) o[m][0] *= shift0, o[m][1] *= shift1, o[m][2] *= shift0, o[m][3] *= shift1;
-    }
-    sum *= shift, top = best;
-    const float base = finite_top(best);
+    rescale(o, top, sum, best);
+    const float base = finite_top(top);
     float w[2][2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
@@ -86,6 +78,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         mma_16bit<T>(o[4 * j + i], __byte_perm(t0, t1, 0x5410), __byte_perm(t0, t1, 0x7632), __byte_perm(t8, t9, 0x5410), __byte_perm(t8, t9, 0x7632), b0, b1);
       }
   }
+  attend_pruned<T, D, kWarps>(tail, group, o, top, sum);
   sum = warp_sum<4>(sum);
   __syncthreads();  // `o_out` may lie where `places` does
   o_out += uniform_warp_id() * group * D;  // not asked for before the loop, which has no register to keep it in

@@ -9,8 +9,8 @@
 //     score    vectors [pages, Hkv, V*d], tiles of pages dealt to the blocks      -> scores, their maximum and sum
 //     select   keys to everybody, each block finds the threshold                  -> the best pages, dealt to the blocks
 //     estimate 4-bit keys of those                                                -> logits in fp16, their maximum and sum
-//     prune    histograms of mass, cut by one block a head                        -> the union's tokens of each block
-//     attend   each block over its own, merged over the cluster                   -> out, lse
+//     prune    histograms of mass, cut by one block a head; of counts, with bounds -> the union's tokens of each block, and what each page lost
+//     attend   each block over its own, pages' means with what they lost, merged   -> out, lse
 //
 // At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
 // turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
@@ -18,6 +18,7 @@
 // Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
 #include "fused_append.cuh"
 #include "fused_attend.cuh"
+#include "fused_bounds.cuh"
 #include "fused_scores.cuh"
 #include "fused_select.cuh"
 #include "fused_top_p.cuh"
@@ -30,6 +31,8 @@ struct FusedDecodeParams {
   u8* shadow;                // [pages, Hkv, P*d/2 + 4*P]
   u8* codes;                 // [pages, Hkv, V*d]: V = 0 takes every page, 1 means, 2 maxima and minima
   u32* code_params;          // [pages, Hkv, 2] half: scale, zero
+  u8* value_codes;           // [pages, Hkv, d]: means of the values, or null: the pruned mass is dropped
+  u32* value_params;         // [pages, Hkv, 2] half
   const int* page_table;     // [b, max_pages]
   const int* seq_lens;       // [b]
   const int* page_budget;    // [b, Hkv]
@@ -40,6 +43,7 @@ struct FusedDecodeParams {
   int* kept_lengths;         // [b, Hkv]
   int* per_query_head;       // [b, Hq]
   float* mass;               // [b, Hq]
+  float* tail;               // [b, Hq, capacity] or null: log of the pruned mass of each candidate page
   void* out;                 // [b, Hq, d]
   float* lse;                // [b, Hq]
   float sm_scale;
@@ -55,6 +59,8 @@ struct FusedDecodeParams {
   int page_shift;            // log2 P, 4 or 5
   int page_share;            // pages of a block at most, a multiple of 16
   int entry_share;           // candidate pages of a block at most
+  int min_tokens;            // that a query head keeps at least, and at most
+  int max_tokens;
   int stagger;               // blocks of the grid that begin late, from this one on and as many; or 0
 };
 CHECK_PARAMS(FusedDecodeParams);
@@ -75,7 +81,7 @@ struct Layout {
   int numbers, keys;  // behind the scores of pages (float): numbers of this block's pages, keys of all (u32)
   int list;           // this block's candidates: logical and physical numbers
   int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
-  int bins;           // histograms
+  int bins;           // histograms; after them the mass that each page has lost (float)
   int query;          // the query's codes, then the query itself
   int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
 
@@ -88,7 +94,10 @@ struct Layout {
     list = size, keep = list + ceil_div(8 * p.entry_share, 16) * 16, bins = keep + ceil_div(tokens / 8, 16) * 16;
     query = bins + bin_bytes(p, blocks), results = query + 6 * p.group * dim;
   }
-  __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) { return max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1)) * 4; }
+  __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) {
+    const int bins = max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1));
+    return p.value_codes ? ceil_div(max(bins, p.group * p.entry_share), 4) * 16 : bins * 4;
+  }
 };
 
 // 16 warps a block where there is one block a multiprocessor, else 8.
@@ -119,7 +128,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 
 #pragma unroll 1
   for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
-  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = 0;
+  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = s_top_p.tally[threadIdx.x] = 0;
   // ---- everything that can be asked for before anything is known ----
   const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
   u32 raw[D / 64];
@@ -175,9 +184,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       using T = decltype(type);
       const T *const k = static_cast<const T*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1];
       const T *const v = static_cast<const T*>(p.fresh.v) + batch * p.fresh.v_strides[0] + kv_head * p.fresh.v_strides[1];
-      append_token<T, D, Vectors>(k, v, static_cast<T*>(p.k_pages) + (place << p.page_shift) * D, static_cast<T*>(p.v_pages) + (place << p.page_shift) * D,
-                                  p.shadow + place * ((D / 2 + 4) << p.page_shift), p.codes + place * (Vectors * D), p.code_params + place, (seq_len - 1) & (page_size - 1),
-                                  page_size);
+      const long long first = (place << p.page_shift) * D;
+      const PagePlace<T> page{static_cast<T*>(p.k_pages) + first, static_cast<T*>(p.v_pages) + first, p.shadow + place * ((D / 2 + 4) << p.page_shift),
+                              p.codes + place * (Vectors * D), p.value_codes ? p.value_codes + place * D : nullptr, p.code_params + place, p.value_params + place};
+      append_token<T, D, Vectors>(k, v, page, (seq_len - 1) & (page_size - 1), page_size);
     };
     if (p.q_is_bf16) write(bf16());
     else write(half());
@@ -253,8 +263,20 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 
   // ---- top-p ----
   find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], s_blocks[1][0], bins, sums);
+  if (p.min_tokens > 1 || p.max_tokens < taken << p.page_shift) {
+    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], s_blocks[1][0]);
+  }
   int run_begin, run_end, kept_here;
   int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, run_begin, run_end, kept_here);
+
+  // ---- what is pruned ----
+  PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
+  if (p.value_codes) {
+    tail.codes = p.value_codes + kv_head * D, tail.params = p.value_params + kv_head, tail.count = entries;
+    weigh_pruned<kThreads, kMaxHeads>(s_top_p, logits, pitch, entries, p.page_shift, p.group, keep, reinterpret_cast<float*>(bins),
+                                      p.tail ? p.tail + static_cast<size_t>(first_head) * p.capacity + before : nullptr, p.capacity);
+    __syncthreads();
+  }
 
   // ---- the list ----
   int* const places = reinterpret_cast<int*>(smem);  // nobody reads logits any more
@@ -299,7 +321,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
     using T = decltype(type);
     attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(s_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
-                              p.sm_scale * kLog2e, parts, top, sum);
+                              p.sm_scale * kLog2e, tail, parts, top, sum);
   };
   if (p.q_is_bf16) attend(bf16());
   else attend(half());

@@ -5,8 +5,7 @@
 // does not matter), finds the cut and tells it to all: two barriers, four where a bin is cut finer.
 #pragma once
 
-#include "cluster.cuh"
-#include "fused_scores.cuh"
+#include "fused_select.cuh"
 #include "threshold.cuh"
 
 template <int kMaxHeads>
@@ -21,6 +20,13 @@ struct TopPScratch {
   u32 mass[kMaxHeads];   // float
   u32 refine[kMaxHeads];  // the cut bin + 1, or 0
   u32 counts[kMaxHeads];  // tokens kept; in block 0
+  // Of the row: the origin of the cluster's bins, maximum and sum of exponentials below it, and whether these are numbers.
+  float top[kMaxHeads], peak[kMaxHeads], total[kMaxHeads];
+  int well[kMaxHeads];
+  // Of bound_counts. In the owner: tokens that p keeps, and those before the range. What it tells: the rank that is looked for (0: none), at first and still; range and bins, in bins.
+  u32 tally[kMaxHeads];
+  int before[kMaxHeads], moved[kMaxHeads], wanted[kMaxHeads];
+  float base[kMaxHeads], bin_width[kMaxHeads];
 };
 
 __device__ __forceinline__ float half_bits_to_float(u32 bits) { return __half2float(__ushort_as_half(static_cast<u16>(bits))); }
@@ -122,6 +128,7 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
         s.shift[lane] = some ? static_cast<int>(fminf(top - begin, 1e6f)) : kMassBins;
         // Z in units of the first bin's edge; 0 where all is kept: NaN and +inf show in the output of their own row then.
         s.z[lane] = p < 1.f && row.x > kLowest && row.y < inf() ? row.y * one * fast_exp2((row.x * per_nat - top) * -to_log2) : 0.f;
+        s.top[lane] = top, s.peak[lane] = row.x, s.total[lane] = row.y, s.well[lane] = row.x > kLowest && row.y < inf();
         s.least[lane] = 0xfbff, s.refine[lane] = 0, s.mass[lane] = __float_as_uint(row.y < inf() && row.y > 0.f ? 1.f : 0.f);
       }
     }

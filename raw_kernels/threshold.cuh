@@ -130,3 +130,28 @@ __device__ __forceinline__ Cut find_cut(const u32* weights, float step, float ta
   cut.coarse = __shfl_sync(kFullMask, cut.coarse, source);
   return cut;
 }
+
+// The rank-th of the tokens that 512 bins count, of which `before` precede them: (its bin or -1, tokens up to that bin, and with it).
+// One warp.
+__device__ __forceinline__ int3 find_nth(const u32* counts, int before, int rank) {
+  constexpr int kPerLane = kMassBins / kWarp;
+  const u32* const mine = counts + lane_id() * kPerLane;
+  int sum = 0;
+#pragma unroll 4
+  for (int i = 0; i < kPerLane; ++i) sum += mine[i];
+  const int up_to = before + warp_inclusive_scan(sum);
+  int3 found{-1, up_to, up_to};
+  int prefix = up_to - sum;
+#pragma unroll 4
+  for (int i = 0; i < kPerLane; ++i) {
+    const int with = prefix + mine[i];
+    if (prefix < rank && with >= rank) found = int3{static_cast<int>(lane_id()) * kPerLane + i, prefix, with};
+    prefix = with;
+  }
+  const u32 who = __ballot_sync(kFullMask, found.x >= 0);
+  const int source = who ? __ffs(who) - 1 : kWarp - 1;
+  found.x = __shfl_sync(kFullMask, found.x, source);
+  found.y = __shfl_sync(kFullMask, found.y, source);
+  found.z = __shfl_sync(kFullMask, found.z, source);
+  return found;
+}

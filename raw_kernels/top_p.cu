@@ -50,31 +50,6 @@ CHECK_PARAMS(TopPParams);
 
 constexpr int kMaxGroup = 16;
 
-// The rank-th of the tokens that 512 bins count, of which `before` precede them: (its bin or -1, tokens up to that bin, and with it).
-// One warp.
-__device__ __forceinline__ int3 find_rank(const u32* counts, int before, int rank) {
-  constexpr int kPerLane = kMassBins / kWarp;
-  const u32* const mine = counts + lane_id() * kPerLane;
-  int sum = 0;
-#pragma unroll 4
-  for (int i = 0; i < kPerLane; ++i) sum += mine[i];
-  const int up_to = before + warp_inclusive_scan(sum);
-  int3 found{-1, up_to, up_to};
-  int prefix = up_to - sum;
-#pragma unroll 4
-  for (int i = 0; i < kPerLane; ++i) {
-    const int with = prefix + mine[i];
-    if (prefix < rank && with >= rank) found = int3{static_cast<int>(lane_id()) * kPerLane + i, prefix, with};
-    prefix = with;
-  }
-  const u32 who = __ballot_sync(kFullMask, found.x >= 0);
-  const int source = who ? __ffs(who) - 1 : kWarp - 1;
-  found.x = __shfl_sync(kFullMask, found.x, source);
-  found.y = __shfl_sync(kFullMask, found.y, source);
-  found.z = __shfl_sync(kFullMask, found.z, source);
-  return found;
-}
-
 template <typename Logit, int kThreads, int kCluster, bool kShared, bool kExtended = false>
 __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 384 ? 3 : 1024 / kThreads)
     top_p(const __grid_constant__ TopPParams p) {
@@ -380,7 +355,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
         __syncthreads();
       }
       if (warp < G && rank_wanted[warp]) {
-        const int3 found = find_rank(sums + warp * kMassBins, before[warp], rank_wanted[warp]);
+        const int3 found = find_nth(sums + warp * kMassBins, before[warp], rank_wanted[warp]);
         if (lane == 0) {
           const float w = bin_width[warp], low = base[warp] + max(found.x, 0) * w;
           const bool fine = w <= fmaxf(per_nat / 16384.f, low * 1.1920929e-7f);  // a 16384th of a nat, or what y resolves

@@ -7,7 +7,8 @@ import torch
 
 from tests.caches import fill
 from tests.test_graph import GPU
-from twilight import BoundedTopP, Geometry, TopP, TwilightAttention, kernels, ops
+from twilight import BoundedTopP, Geometry, NoPruning, Selection, Threshold, TopP, TwilightAttention, kernels, ops
+from twilight.attention import _speaks_for as speaks_for
 from twilight.graph import DecodeGraph, StaticCache
 from twilight.selector import MetadataSpec
 from twilight_selectors.block_mean import BlockMean
@@ -44,19 +45,66 @@ def caches(selector, device, dtype, pruner=None, count=2):
         (Full(), TopP(), True),
         (Quest(metadata_type="native"), TopP(), False),
         (QuestAndMore(), TopP(), False),
-        (Quest(), BoundedTopP(tail="page_mean"), False),
-        (Quest(), BoundedTopP(), True),
+        (Quest(), BoundedTopP(tail="page_mean"), True),
+        (Quest(), BoundedTopP(tail="page_mean", tail_type="native"), False),
     ],
-    ids=["quest", "means", "nothing", "not in 8 bits", "more", "tail", "bounds"],
+    ids=["quest", "means", "nothing", "keys not in 8 bits", "more", "tail", "tail not in 8 bits"],
 )
 def test_what_else_a_cache_keeps_is_not_left_to_the_launch(selector, pruner, expected):
     cache = caches(selector, "cpu", torch.float32, pruner, count=1)[0]
     layer = cache.layers[0]
-    vectors = () if selector.name == "full" else tuple(layer.metadata(s.name) for s in layer.specs if s.name != "count")
-    assert layer.keeps_only(vectors) == expected
-    assert StaticCache(cache, 800, 60).layers[0].keeps_only(vectors) == expected
-    assert selector.name == "full" or not layer.keeps_only(()), "the vectors of the pages would be forgotten"
-    assert not layer.keeps_only(tuple(part.clone() for part in vectors) or (layer.shadow,)), "those are not its own"
+    vectors = tuple(layer.metadata(spec.name) for spec in layer.specs if spec.name != "count")
+    values = tuple(layer.metadata(spec.name) for spec in layer.pruner_specs)
+    for each in (layer, StaticCache(cache, 800, 60).layers[0]):
+        assert each.keeps_only(vectors, values) == expected
+        # All of what it keeps, and it itself.
+        assert not values or not each.keeps_only(vectors)
+        assert not vectors or not each.keeps_only((), values)
+        assert not vectors or not each.keeps_only(tuple(part.clone() for part in vectors), values)
+        assert not each.keeps_only((*vectors, layer.shadow), values)
+
+
+class Halved(TopP):
+    """Overrides what a rule would say it does."""
+
+    def __call__(self, logits, candidates, layer):
+        return TopP(self.p / 2)(logits, candidates, layer)
+
+
+class FirstPages(Quest):
+    """Likewise."""
+
+    def select(self, q, layer, budget):
+        chosen = super().select(q, layer, budget)
+        return Selection(chosen.indices[..., :1], chosen.lengths.clamp(max=1), chosen.granularity)
+
+
+def test_a_subclass_that_overrides_a_method_alone_promises_nothing():
+    assert all(speaks_for(TopP(), *words) for words in [("mass_rule", "__call__")])
+    assert speaks_for(BoundedTopP(), "mass_rule", "__call__") and not speaks_for(Halved(), "mass_rule", "__call__")
+    assert speaks_for(Quest(), "ranking", "select") and not speaks_for(FirstPages(), "ranking", "select")
+    assert speaks_for(QuestAndMore(), "ranking", "select")
+    # The base classes' promise is None.
+    assert NoPruning().mass_rule(None) is None and Threshold().mass_rule(None) is None
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+def test_such_a_subclass_is_asked_stage_by_stage(device):
+    for selector, pruner in ((Quest(), Halved(0.9)), (FirstPages(), TopP(0.9))):
+        layer = caches(selector, device, torch.bfloat16, count=1)[0].layers[0]
+        attention, steps = TwilightAttention(selector, pruner, 0.5), []
+        attention.observer = steps.append
+        q = torch.randn(3, 8, 64, device=device).bfloat16()
+        attention.attend(q, layer)
+        assert not steps[0].one_launch
+        lengths = steps[0].pruned.selection.lengths
+        assert steps[0].candidates.capacity == 1 or float(steps[0].pruned.mass.mean()) < 0.6
+        assert int(lengths.min()) > 0
+
+
+def bounds(pruner, layer):
+    rule = pruner.mass_rule(layer)
+    return {"min_tokens": rule.min_tokens, "max_tokens": rule.max_tokens, "means": rule.means}
 
 
 def launches(monkeypatch):
@@ -69,16 +117,18 @@ def launches(monkeypatch):
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(
     "selector,in_one",
     [(Quest(), True), (BlockMean(), True), (Full(), True), (QuestAndMore(), False)],
     ids=["quest", "means", "full", "more"],
 )
-def test_a_step_is_what_appending_and_attending_are(selector, in_one, static, device, monkeypatch):
+def test_a_step_is_what_appending_and_attending_are(selector, in_one, bounded, static, device, monkeypatch):
     # A p of its own for each layer, far enough apart that the wrong one shows.
     ps = (0.3, 0.95, 0.6)
-    attention = TwilightAttention(selector, TopP(0.1, layer_p=ps), 0.5)
-    pair = caches(selector, device, torch.bfloat16)
+    pruner = BoundedTopP(0.1, 8, 50, tail="page_mean", layer_p=ps) if bounded else TopP(0.1, layer_p=ps)
+    attention = TwilightAttention(selector, pruner, 0.5)
+    pair = caches(selector, device, torch.bfloat16, pruner)
     layers = [(StaticCache(cache, 800, 60) if static else cache).layers for cache in pair]
     seen = launches(monkeypatch)
     torch.manual_seed(1)
@@ -91,7 +141,7 @@ def test_a_step_is_what_appending_and_attending_are(selector, in_one, static, de
             budget = theirs.budget(attention.budget)
             want = ops.fused_decode(
                 q, theirs.k_pages, theirs.v_pages, theirs.shadow, vectors, theirs.page_table, theirs.seq_lens,
-                budget if vectors else None, p,
+                budget if vectors else None, p, **bounds(pruner, theirs),
             )  # fmt: skip
             seen.clear()
             out, lse = attention.decode(q, k, v, mine)
@@ -100,7 +150,7 @@ def test_a_step_is_what_appending_and_attending_are(selector, in_one, static, de
             assert out.equal(want.out) and lse.equal(want.lse)
             for name in ("k_pages", "v_pages", "shadow"):
                 assert getattr(mine, name)[1:].equal(getattr(theirs, name)[1:])
-            for spec in mine.specs:
+            for spec in (*mine.specs, *mine.pruner_specs):
                 assert mine.metadata(spec.name)[1:].equal(theirs.metadata(spec.name)[1:])
 
 

@@ -174,26 +174,32 @@ class TwilightAttention:
 
     def _one_launch(self, q: torch.Tensor, layer: LayerCache, new: NewTokens | None = None) -> FusedDecode | None:
         """Do all stages in one kernel, where there is one for what selector and pruner do and the cache keeps."""
-        pruner = self.pruner
-        if not q.is_cuda or type(pruner) is not TopP or not kernels.available(q.device):
+        selector, pruner = self.selector, self.pruner
+        if not q.is_cuda or not kernels.available(q.device) or type(selector).finish is not Selector.finish:
             return None
-        if type(self.selector).finish is not Selector.finish:
+        if not (_speaks_for(selector, "ranking", "select") and _speaks_for(pruner, "mass_rule", "__call__")):
             return None
-        ranking = self.selector.ranking(layer)
-        if ranking is None or (new is not None and not layer.keeps_only(ranking.vectors)):
+        ranking, rule = selector.ranking(layer), pruner.mass_rule(layer)
+        if ranking is None or rule is None:
+            return None
+        values = () if rule.means is None else rule.means.values
+        if new is not None and not layer.keeps_only(ranking.vectors, values):
             return None
         budget = layer.budget(self.budget) if ranking.vectors else None
         pages = (layer.k_pages, layer.v_pages, layer.shadow, ranking.vectors, layer.page_table, layer.seq_lens)
-        if fused_unsupported(q, *pages, budget) is not None:
+        if fused_unsupported(q, *pages, budget, rule.means) is not None:
             return None
         return ops.fused_decode(
             q,
             *pages,
             budget,
-            pruner.p_of(layer),
+            rule.p,
             sm_scale=layer.geometry.sm_scale,
             reduce=ranking.reduce,
             lists=self.stats.enabled or self.observer is not None,
+            min_tokens=rule.min_tokens,
+            max_tokens=rule.max_tokens,
+            means=rule.means,
             new=new,
             backend="cuda",
         )
@@ -220,6 +226,12 @@ class TwilightAttention:
                 f"layer: its cache keeps nothing for {self.budget!r}\n"
                 "  make it with PagedKVCache(..., budget=attention.budget)"
             )
+
+
+def _speaks_for(plugin: Selector | Pruner, promise: str, method: str) -> bool:
+    """Return whether what `promise` says is said of `method`: no subclass has overridden that one alone."""
+    first = next(cls for cls in type(plugin).__mro__ if promise in vars(cls) or method in vars(cls))
+    return promise in vars(first)
 
 
 def why_reference(layer: LayerCache) -> str | None:

@@ -237,12 +237,22 @@ class LayerCache:
         if self._summarized:
             self._summarize(*self._cache._touched(), self._summarized)
 
-    def keeps_only(self, vectors: Sequence[torch.Tensor]) -> bool:
-        """Return whether appending keeps K, V, 4-bit keys and these 8-bit vectors of pages up to date, and no more."""
-        kept = () if self._summary is None else self._summary.tensors
-        paged = self._summary is None or (self._summary.rule != "label" and self._summary.bits == 8)
-        same = len(kept) == len(vectors) and all(one is other for one, other in zip(kept, vectors, strict=True))
-        return paged and same and not self.dense and not self._summarized and self._value_summary is None
+    def keeps_only(self, vectors: Sequence[torch.Tensor], values: Sequence[torch.Tensor] = ()) -> bool:
+        """Return whether appending has no more to keep up to date than K, V, the 4-bit keys and these tensors.
+
+        Args:
+            vectors: bounds or means of the pages' keys in 8 bits, `(codes, params)`; or nothing.
+            values: likewise, means of the pages' values.
+        """
+        if self.dense or self._summarized:
+            return False
+        for summary, tensors in ((self._summary, vectors), (self._value_summary, values)):
+            kept = () if summary is None else summary.tensors
+            if len(kept) != len(tensors) or any(one is not other for one, other in zip(kept, tensors, strict=True)):
+                return False
+            if summary is not None and (summary.rule == "label" or summary.bits != 8):
+                return False
+        return True
 
     def _write(
         self,

@@ -11,7 +11,7 @@ from twilight import ops
 from twilight.checks import check_p
 from twilight.ops.tail import MeanValues
 from twilight.ops.threshold import check_threshold
-from twilight.ops.top_p import Pruned, check_bounds
+from twilight.ops.top_p import MassRule, Pruned, check_bounds
 from twilight.selection import Selection
 from twilight.selector import MetadataSpec
 
@@ -65,6 +65,14 @@ class Pruner:
         """
         raise NotImplementedError(f"{type(self).__name__}.__call__")
 
+    def mass_rule(self, layer: LayerCache) -> MassRule | None:
+        """Say that pruning in this layer is `ops.top_p`, which one kernel can then do together with all other stages.
+
+        None by default. A pruner that returns a rule promises that calling it does just that. One whose class overrides
+        `__call__` alone promises nothing any more, and is called.
+        """
+        return None
+
 
 class MassPruner(Pruner):
     """A pruner with two fields, `p` and `layer_p`, that say which mass to keep: everywhere, or in each sparse layer."""
@@ -109,6 +117,9 @@ class TopP(MassPruner):
 
     def __post_init__(self) -> None:
         self._check_p()
+
+    def mass_rule(self, layer: LayerCache) -> MassRule | None:
+        return MassRule(self.p_of(layer))
 
     def __call__(self, logits: torch.Tensor | None, candidates: Selection, layer: LayerCache) -> Pruned:
         assert logits is not None
@@ -199,6 +210,11 @@ class BoundedTopP(TailedPruner, MassPruner):
         self._check_p()
         check_bounds(self.min_tokens, self.max_tokens)
         self._check_tail()
+
+    def mass_rule(self, layer: LayerCache) -> MassRule | None:
+        if self.tail == "mean":  # of pages that were no candidates as well
+            return None
+        return MassRule(self.p_of(layer), self.min_tokens, self.max_tokens, self._means(layer))
 
     def __call__(self, logits: torch.Tensor | None, candidates: Selection, layer: LayerCache) -> Pruned:
         assert logits is not None

@@ -210,7 +210,8 @@ class Selector:
         """Say that `select` is a ranking of pages, which one kernel can then do together with the stages after it.
 
         None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
-        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage.
+        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage,
+        and so is one whose class overrides `select` alone.
         """
         return None
 

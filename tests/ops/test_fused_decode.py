@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.caches import fill
-from twilight import Geometry, PagedKVCache, ops
+from twilight import BoundedTopP, Geometry, PagedKVCache, ops
 from twilight.budget import Budget
 from twilight.ops.quantize import split_shadow, unpack
 from twilight_selectors.block_mean import BlockMean
@@ -115,8 +115,10 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
 
 
+@pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("selector", [Quest(), BlockMean(), Full()], ids=lambda s: s.name)
-def test_a_new_token_is_where_append_would_have_put_it(selector):
+def test_a_new_token_is_where_append_would_have_put_it(selector, tail):
+    pruner = BoundedTopP(0.8, 4, 40, tail="page_mean" if tail else "none")
     # The last row has no page before its token, so that pages have the same owners in both caches.
     lengths, counts = [301, 48, 0, 97, 1], torch.tensor([1, 1, 0, 0, 1], dtype=torch.int32)
     geometry = Geometry(1, 6, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
@@ -124,7 +126,7 @@ def test_a_new_token_is_where_append_would_have_put_it(selector):
     for missing in (torch.zeros_like(counts), counts):
         torch.manual_seed(0)
         have = (torch.tensor(lengths) - missing).tolist()
-        cache = PagedKVCache(geometry, num_rows=5, num_pages=40, selector=selector)
+        cache = PagedKVCache(geometry, num_rows=5, num_pages=40, selector=selector, pruner=pruner)
         k, v = torch.randn(2, 5, max(lengths), 2, 64)
         cache.layers[0].append(k, v, have)
         caches.append(cache)
@@ -135,16 +137,39 @@ def test_a_new_token_is_where_append_would_have_put_it(selector):
     budget = None if selector.name == "full" else Budget(third, 110)
 
     def run(layer, new):
-        pages = (layer.k_pages, layer.v_pages, layer.shadow, selector.ranking(layer).vectors)
-        return ops.fused_decode(q, *pages, whole.page_table, whole.seq_lens, budget, 0.8, lists=True, new=new)
+        pages, rule = (
+            (layer.k_pages, layer.v_pages, layer.shadow, selector.ranking(layer).vectors),
+            pruner.mass_rule(layer),
+        )
+        return ops.fused_decode(
+            q, *pages, whole.page_table, whole.seq_lens, budget, rule.p, lists=True, min_tokens=rule.min_tokens,
+            max_tokens=rule.max_tokens, means=rule.means, new=new,
+        )  # fmt: skip
 
     want, got = run(whole, None), run(short, new)
     used = sorted({int(page) for page in whole.page_table.flatten() if page})
-    mine, theirs = (
-        (each.k_pages, each.v_pages, each.shadow, *selector.ranking(each).vectors) for each in (short, whole)
-    )
-    assert all(a[used].equal(b[used]) for a, b in zip(mine, theirs, strict=True))
+    for name in (
+        "k_pages",
+        "v_pages",
+        "shadow",
+        *(f"metadata {spec.name}" for spec in (*whole.specs, *whole.pruner_specs)),
+    ):
+        mine, theirs = (
+            each.metadata(name.split()[1]) if " " in name else getattr(each, name) for each in (short, whole)
+        )
+        assert mine[used].equal(theirs[used]), name
     assert got.out.equal(want.out) and got.pruned.selection.lengths.equal(want.pruned.selection.lengths)
+    # And what a step of the stages makes of it.
+    layer_budget = budget or Budget(torch.full((5, 2), 301, dtype=torch.int32), 301)
+    candidates = selector.select(q, whole, layer_budget)
+    logits = ops.estimate_scores(
+        q, whole.shadow, whole.page_table, whole.seq_lens, candidates, page_size=16, out_dtype=torch.float16
+    )
+    pruned = pruner(logits, candidates, whole)
+    out, _ = ops.sparse_attention(
+        q, whole.k_pages, whole.v_pages, whole.page_table, whole.seq_lens, pruned.selection, tail=pruned.tail
+    )
+    assert got.out.equal(out) and (got.pruned.tail is None) == (not tail)
 
 
 H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_cluster": 16}
@@ -161,23 +186,25 @@ H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_clu
         (32, 131072, 2, 16),
     ],
 )
-def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps):
+@pytest.mark.parametrize("tail", [False, True])
+def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, tail):
     # Measured: each against its neighbours, but for the last, which follows from the same arithmetic.
-    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, **H200)
+    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, tail, **H200)
     assert (plan.cluster, plan.warps) == (cluster, warps)
 
 
+@pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])
 @pytest.mark.parametrize(
     "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "max_cluster": 1}]
 )
-def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
+def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
     for rows in (1, 8, 100, 2000):
         for length in (page, 1000, 40000, 300000):
             pages = -(-length // page)
             capacity = -(-pages // 4) if vectors else pages
-            plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, **gpu)
+            plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, tail, **gpu)
             if plan is None:
                 assert length > 1000 and gpu["max_cluster"] == 1 or length == 300000
                 continue
@@ -188,4 +215,4 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu):
 
 
 def test_what_fits_no_cluster_is_for_the_stages():
-    assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, **H200) is None
+    assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, False, **H200) is None

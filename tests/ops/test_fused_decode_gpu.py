@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.ops.test_spgemv_gpu import Paged, pytestmark  # noqa: F401
 from twilight import Selection, ops
 from twilight.budget import Budget
+from twilight.ops.quantize import split_shadow
 from twilight.ops.top_p import top_p_mask
 from twilight.selector import combine_group
 
 
 class Case(Paged):
-    """A `Paged` with values, vectors of the pages and budgets."""
+    """A `Paged` with values, their means if there is to be a tail, vectors of the pages and budgets."""
 
-    def __init__(self, lengths, *, vectors=2, share=0.25, **sizes):
+    def __init__(self, lengths, *, vectors=2, share=0.25, tail=False, scale=1.0, **sizes):
         super().__init__(lengths, **sizes)
-        self.v_pages = torch.randn_like(self.k_pages)
+        self.q *= scale
+        # Means that are worth something.
+        self.v_pages = torch.randn_like(self.k_pages) + torch.randn_like(self.k_pages[:, :, :1])
         full = torch.ones(len(self.k_pages), self.page, dtype=torch.bool, device="cuda")
         self.vectors = {
             0: (),
             1: ops.page_means(self.k_pages, full, 8),
             2: ops.quantize_bounds(self.k_pages.amax(2), self.k_pages.amin(2)),
         }[vectors]
+        self.means = None
+        if tail:
+            self.means = ops.MeanValues(ops.page_means(self.v_pages, full, 8), self.page, self.table.shape[1])
         tokens = (self.seq_lens.double() * share).ceil().clamp(min=1).minimum(self.seq_lens.double()).int()
         longest = max(1, int(max(lengths) * share + 1))
         self.budget = Budget(tokens[:, None].expand(-1, self.heads).contiguous(), longest)
@@ -31,7 +39,7 @@ class Case(Paged):
     def run(self, p, backend="cuda", *, lists=True, **options):
         return ops.fused_decode(
             self.q, self.k_pages, self.v_pages, self.shadow, self.vectors, self.table, self.seq_lens,
-            self.budget if self.vectors else None, p, lists=lists, backend=backend, **options,
+            self.budget if self.vectors else None, p, lists=lists, means=self.means, backend=backend, **options,
         )  # fmt: skip
 
 
@@ -43,8 +51,9 @@ def as_mask(selection, n):
     return mask.scatter_(-1, lists.masked_fill(~counted, n), True)[..., :n]
 
 
-def check(case, p, *, reduce="softmax"):
-    got = case.run(p, reduce=reduce)
+def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
+    bounds = {"min_tokens": min_tokens, "max_tokens": max_tokens}
+    got = case.run(p, reduce=reduce, **bounds)
     page, pages = case.page, case.table.shape[1]
     have = (case.seq_lens + page - 1) // page
 
@@ -77,8 +86,9 @@ def check(case, p, *, reduce="softmax"):
     assert torch.equal(here.sum(-1), got.pruned.selection.lengths.long())
     weights = torch.softmax(logits.double(), -1).nan_to_num(0).unflatten(1, (case.heads, -1))
     mass = (weights * here.unsqueeze(2)).sum(-1)
-    assert bool((mass >= p - 2e-3)[case.seq_lens > 0].all())
-    reference = top_p_mask(logits, p).unflatten(1, (case.heads, -1))
+    if max_tokens is None:
+        assert bool((mass >= p - 2e-3)[case.seq_lens > 0].all())
+    reference = top_p_mask(logits, p, **bounds).unflatten(1, (case.heads, -1))
     union = reference.any(2)
     missing = (union & ~here).sum(-1)
     assert bool((missing <= 2 + 0.01 * union.sum(-1)).all()), (
@@ -88,14 +98,43 @@ def check(case, p, *, reduce="softmax"):
     counts = got.pruned.per_query_head.unflatten(1, (case.heads, -1))
     assert bool((counts >= reference.sum(-1) - 2 - 0.01 * reference.sum(-1)).all())
     assert bool((counts <= got.pruned.selection.lengths[..., None]).all())
-    assert bool((got.pruned.mass >= p - 1e-6)[case.seq_lens > 0].all())
+    if max_tokens is None:
+        assert bool((got.pruned.mass >= p - 1e-6)[case.seq_lens > 0].all())
+    # A head keeps its heaviest, so that their number says which they are, and what they weigh.
+    ranked = weights.sort(-1, descending=True).values
+    own = ranked.cumsum(-1).gather(-1, (counts.long() - 1).clamp(min=0)[..., None])[..., 0]
+    some = counts > 0
+    torch.testing.assert_close(
+        got.pruned.mass.unflatten(1, counts.shape[1:])[some].double(), own[some], rtol=0, atol=4e-3
+    )
+    there = valid.sum(-1)[..., None]
+    assert bool((counts >= there.clamp(max=min_tokens)).all())
+    if max_tokens is not None:
+        # Halves repeat, and what is as heavy as the last one stays.
+        sorted_logits = logits.double().unflatten(1, (case.heads, -1)).sort(-1, descending=True).values
+        last = sorted_logits[..., min(max_tokens, sorted_logits.shape[-1]) - 1].nan_to_num(0, 0, 0)
+        ties = (sorted_logits >= (last - 2e-3 * last.abs() - 1e-3)[..., None]).sum(-1)
+        assert bool((counts <= ties.clamp(min=max_tokens)).all())
 
     # Attention over exactly these.
     listed = Selection(
         got.pruned.selection.indices.masked_fill(~got.pruned.selection.counted(), 0), got.pruned.selection.lengths
     )
+    tail = None
+    if case.means is not None:
+        # A page's pruned mass, and the page's mean with it.
+        tail = ops.page_tail(logits, clean, listed, case.seq_lens, case.means)
+        behind = ~clean.counted().repeat_interleave(case.group, 1)
+        lost = got.pruned.tail.pages.log_weight.masked_fill(behind, -torch.inf)
+        want = tail.pages.log_weight.masked_fill(behind, -torch.inf)
+        # Weights of e^-80 of the largest and below are 0.
+        both = (lost > -torch.inf) & (want > -torch.inf)
+        peak = logits.double().amax(-1, keepdim=True)
+        assert bool((both | (want == lost) | (want < peak - 80)).all())
+        torch.testing.assert_close(lost[both], want[both], rtol=4e-3, atol=1e-2)
+        tail = replace(tail, pages=replace(tail.pages, log_weight=lost))
     out, lse = ops.sparse_attention(
-        case.q, case.k_pages, case.v_pages, case.table, case.seq_lens, listed, backend="torch"
+        case.q, case.k_pages, case.v_pages, case.table, case.seq_lens, listed, tail=tail, backend="torch"
     )
     torch.testing.assert_close(got.lse, lse, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got.out.float(), out.float(), rtol=2e-2, atol=4e-3)
@@ -122,6 +161,62 @@ def test_p(p, length):
     check(Case([length, length // 3], heads=4), p)
 
 
+BOUNDS = [(1, None), (32, 256), (200, None), (1, 40), (64, 64)]
+
+
+@pytest.mark.parametrize("low,high", BOUNDS)
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])  # diffuse and focused heads
+@pytest.mark.parametrize(
+    "lengths", [[1500, 0, 1, 777, 16, 4100], [30000], [9000, 17, 33], [1000 + i for i in range(70)]]
+)
+def test_bounds(lengths, scale, low, high):
+    check(Case(lengths, heads=2, scale=scale), 0.9, min_tokens=low, max_tokens=high)
+
+
+@pytest.mark.parametrize("p", [0.3, 0.999, 1.0])
+@pytest.mark.parametrize("low,high", BOUNDS[1:])
+def test_bounds_at_any_p(p, low, high):
+    check(Case([5000, 300], heads=2), p, min_tokens=low, max_tokens=high)
+
+
+@pytest.mark.parametrize("vectors", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
+@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])
+def test_tails(vectors, dtype, dim, page, heads, group):
+    options = {"vectors": vectors, "heads": heads, "group": group, "dim": dim, "page": page, "dtype": dtype}
+    check(Case([1500, 0, 1, 777, 16, 4100], tail=True, **options), 0.6, min_tokens=4, max_tokens=60)
+
+
+@pytest.mark.parametrize("low,high", [(1, None), (16, 128), (1, 1)])
+@pytest.mark.parametrize("scale", [0.2, 1.0, 4.0])
+@pytest.mark.parametrize("lengths", [[30000], [131071], [9000, 17, 33], [1000 + i for i in range(70)], [3000] * 40])
+def test_tails_of_every_size_of_cluster(lengths, scale, low, high):
+    check(Case(lengths, heads=8, scale=scale, tail=True), 0.9, min_tokens=low, max_tokens=high)
+
+
+def test_a_tail_of_everything_but_one_token():
+    # All logits alike but one: what is kept is that one, and the means carry the rest.
+    case = Case([4000], heads=1, group=1, vectors=0, tail=True, dtype=torch.float16)
+    case.q.zero_()
+    case.q[0, 0, 0] = 8.0
+    case.k_pages[..., 0] = 0.0
+    page, slot = int(case.table[0, 100]), 5
+    case.k_pages[page, 0, slot, 0] = 8 * 128**0.5 / 8
+    codes, params = split_shadow(case.shadow, case.page)
+    codes[:], params[:] = ops.quantize(case.k_pages)
+    got = case.run(0.1)
+    # e^8 / (e^8 + 3999) = 0.43
+    assert got.pruned.selection.lengths.item() == 1 and got.pruned.selection.indices[0, 0, 0] == 1605
+    assert abs(float(got.pruned.mass) - 0.427) < 0.02
+    v = case.v_pages[case.table[0].long()].flatten(0, 2)[:4000].double()
+    means = case.means.gather(case.table[:1].long()[:, None])[0, 0].double()
+    weight = torch.full((250,), 16.0, device="cuda", dtype=torch.double)
+    weight[100] = 15
+    want = (2980.958 * v[1605] + weight @ means) / (2980.958 + 3999)
+    torch.testing.assert_close(got.out[0, 0].double(), want, rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("reduce", ["softmax", "sum", "max"])
 def test_reduce(reduce):
     check(Case([9000, 5000], heads=4), 0.9, reduce=reduce)
@@ -138,8 +233,6 @@ def test_all_pages_alike():
     case.shadow[:] = case.shadow[:1]
     codes, params = ops.quantize_bounds(case.k_pages.amax(2), case.k_pages.amin(2))
     case.vectors = (codes, params)
-    from twilight.ops.quantize import split_shadow
-
     stored_codes, stored_params = split_shadow(case.shadow, case.page)
     stored_codes[:], stored_params[:] = ops.quantize(case.k_pages)
     got = case.run(0.5)
@@ -152,14 +245,18 @@ def test_all_pages_alike():
     assert torch.equal(got.pruned.selection.lengths, tokens.int())
 
 
+BOUNDED = {"min_tokens": 16, "max_tokens": 100}
+
+
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=["plain", "bounded"])
 @pytest.mark.parametrize("vectors", [0, 2])
 @pytest.mark.parametrize(
     "lengths", [[32768], [200, 1, 0], [9000, 17, 4097], [3000] * 40, [1500 + 37 * i for i in range(70)]]
 )
-def test_without_lists_the_same_is_kept(vectors, lengths):
+def test_without_lists_the_same_is_kept(vectors, lengths, options):
     # Pages are dealt out in turn then, in runs with lists: other sums, the same sets.
-    case = Case(lengths, heads=8, vectors=vectors)
-    want, got = case.run(0.9), case.run(0.9, lists=False)
+    case = Case(lengths, heads=8, vectors=vectors, tail=bool(options))
+    want, got = case.run(0.9, **options), case.run(0.9, lists=False, **options)
     assert got.candidates.indices.shape[-1] == got.pruned.selection.indices.shape[-1] == 0
     assert torch.equal(got.candidates.lengths, want.candidates.lengths)
     assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
@@ -206,19 +303,20 @@ def test_pages_of_nan_come_first(reduce, length):
 
 
 @pytest.mark.parametrize("lengths", [[32000], [3000] * 40])
-def test_replays_follow_lengths_and_budgets(lengths):
-    case = Case(lengths, heads=8)
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=["plain", "bounded"])
+def test_replays_follow_lengths_and_budgets(lengths, options):
+    case = Case(lengths, heads=8, tail=bool(options))
     full = case.seq_lens.clone()
     page_budget = case.budget.pages(case.page)
-    case.run(0.9, lists=False)
+    case.run(0.9, lists=False, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = case.run(0.9, lists=False)
+        got = case.run(0.9, lists=False, **options)
     for share in (1.0, 0.4, 0.9):
         case.seq_lens.copy_((full * share).int())
         page_budget.copy_((full[:, None] * share / 80).int().clamp(min=1).expand_as(page_budget))
         graph.replay()
-        want = case.run(0.9, lists=False)
+        want = case.run(0.9, lists=False, **options)
         assert torch.equal(got.out, want.out) and torch.equal(got.pruned.mass, want.pruned.mass)
         assert torch.equal(got.candidates.lengths, page_budget)
 
@@ -239,13 +337,16 @@ class Step:
         whole, new = self.whole, self.new
         ops.append(
             new.k[:, None], new.v[:, None], whole.k_pages, whole.v_pages, whole.shadow, whole.table, whole.seq_lens,
-            new.counts, summary=self.rule and ops.Summary(self.rule, whole.vectors), backend="cuda",
+            new.counts, summary=self.rule and ops.Summary(self.rule, whole.vectors),
+            value_summary=whole.means and ops.Summary("mean", whole.means.values), backend="cuda",
         )  # fmt: skip
         return whole
 
     def buffers(self):
         for each in (self.case, self.whole):
-            yield [part.view(torch.uint8) for part in (each.k_pages, each.v_pages, each.shadow, *each.vectors)]
+            means = () if each.means is None else each.means.values
+            parts = (each.k_pages, each.v_pages, each.shadow, *each.vectors, *means)
+            yield [part.view(torch.uint8) for part in parts]
 
 
 def check_step(step, **options):
@@ -262,13 +363,22 @@ def check_step(step, **options):
     assert got.candidates.lengths.equal(want.candidates.lengths)
 
 
+@pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim,page", [(64, 16), (64, 32), (128, 16), (128, 32), (256, 16), (256, 32)])
 @pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 8)])
-def test_a_new_token_as_append_writes_it(vectors, dtype, dim, page, heads, group):
+def test_a_new_token_as_append_writes_it(vectors, dtype, dim, page, heads, group, tail):
     lengths = [1500, 0, 1, 777, 16, 17, 32, 33, 4100, 2]
-    options = {"vectors": vectors, "heads": heads, "group": group, "dim": dim, "page": page, "dtype": dtype}
+    options = {
+        "tail": tail,
+        "vectors": vectors,
+        "heads": heads,
+        "group": group,
+        "dim": dim,
+        "page": page,
+        "dtype": dtype,
+    }
     check_step(Step(lengths, [1, 0, 1, 1, 1, 1, 1, 1, 0, 1], **options))
 
 
@@ -279,6 +389,7 @@ def test_a_new_token_in_every_size_of_cluster(lengths, vectors, share, lists):
     if vectors == 0 and max(lengths) > 40000:
         lengths = [40001]
     check_step(Step(lengths, vectors=vectors, share=share, heads=8), lists=lists)
+    check_step(Step(lengths, vectors=vectors, share=share, heads=8, tail=True), lists=lists, **BOUNDED)
 
 
 @pytest.mark.parametrize("vectors", [1, 2])
@@ -315,22 +426,25 @@ def test_a_replayed_step_appends_where_the_row_then_ends():
         assert all(a.equal(b) for a, b in zip(*step.buffers(), strict=True))
 
 
-def test_nan_stays_in_its_row():
-    case = Case([3000, 3000, 3000], heads=2)
-    want = case.run(0.9)
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=["plain", "bounded"])
+def test_nan_stays_in_its_row(options):
+    case = Case([3000, 3000, 3000], heads=2, tail=bool(options))
+    want = case.run(0.9, **options)
     case.q[1, 2] = torch.nan
-    got = case.run(0.9)
+    got = case.run(0.9, **options)
+    assert int(got.pruned.per_query_head[1, 2]) == int(got.candidates.num_tokens(case.seq_lens)[1, 0])
     assert got.out[1, 2].isnan().all()
     assert torch.equal(got.out[0], want.out[0]) and torch.equal(got.out[2], want.out[2])
     assert torch.equal(got.out[1, 4:], want.out[1, 4:])
 
 
 @pytest.mark.parametrize("lengths", [[32768], [9000, 1, 4097], [3000] * 40])
-def test_twenty_runs_are_bitwise_equal(lengths):
-    case = Case(lengths, heads=8)
-    first = case.run(0.9)
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=["plain", "bounded"])
+def test_twenty_runs_are_bitwise_equal(lengths, options):
+    case = Case(lengths, heads=8, tail=bool(options))
+    first = case.run(0.9, **options)
     for _ in range(20):
-        again = case.run(0.9)
+        again = case.run(0.9, **options)
         assert torch.equal(first.out, again.out) and torch.equal(first.lse, again.lse)
         assert torch.equal(first.pruned.selection.lengths, again.pruned.selection.lengths)
         assert torch.equal(first.pruned.mass, again.pruned.mass)

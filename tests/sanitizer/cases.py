@@ -379,6 +379,9 @@ def fused_decode(at: At) -> Iterator[Any]:
             there = at.ints([int(n > 0) for n in lengths])
             k, v = (at.randn(len(lengths), heads, dim, dtype=dtype) for _ in range(2))
             new = ops.NewTokens(k, v, there) if lists else None
-            step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists, new=new)
+            # Means of the values: of any numbers that lie where theirs would.
+            tail = ops.MeanValues(cache.vectors("mean", 8), page, cache.table.shape[1])
+            rule = {"min_tokens": 4, "max_tokens": 50, "means": tail} if what != bounds[0] else {}
+            step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists, new=new, **rule)
             yield step.out, step.lse, step.candidates.lengths
             yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,14 +26,16 @@ from twilight.ops.scratch import shared_memory
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary
+from twilight.ops.tail import MeanValues, Tail
 from twilight.ops.top_k import top_k
-from twilight.ops.top_p import Pruned, top_p
+from twilight.ops.top_p import MassRule, Pruned, check_bounds, top_p
 from twilight.selection import Selection
 from twilight.selector import check_reduce
 
 _DIMS = (64, 128, 256)
 _HALVES = (torch.float16, torch.bfloat16)
 _REDUCTIONS = ("softmax", "sum", "max")
+_NO_LIMIT = 2**31 - 1
 
 
 class FusedDecodeParams(ctypes.Structure):
@@ -44,13 +46,14 @@ class FusedDecodeParams(ctypes.Structure):
         ("k_strides", ctypes.c_longlong * 2),
         ("v_strides", ctypes.c_longlong * 2),
         *((name, ctypes.c_void_p) for name in (
-            "q", "k_pages", "v_pages", "shadow", "codes", "code_params", "page_table", "seq_lens", "page_budget",
-            "candidates", "candidate_lengths", "kept", "kept_lengths", "per_query_head", "mass", "out", "lse",
+            "q", "k_pages", "v_pages", "shadow", "codes", "code_params", "value_codes", "value_params", "page_table",
+            "seq_lens", "page_budget", "candidates", "candidate_lengths", "kept", "kept_lengths", "per_query_head",
+            "mass", "tail", "out", "lse",
         )),
         *((name, ctypes.c_float) for name in ("sm_scale", "p", "bins_per_nat")),
         *((name, ctypes.c_int) for name in (
             "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
-            "entry_share", "stagger",
+            "entry_share", "min_tokens", "max_tokens", "stagger",
         )),
     ]  # fmt: skip
 
@@ -109,13 +112,16 @@ def fused_decode(
     sm_scale: float | None = None,
     reduce: str = "softmax",
     lists: bool = False,
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    means: MeanValues | None = None,
     new: NewTokens | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> FusedDecode:
     """Choose pages by their vectors, prune their tokens to the mass p, and attend to what is left.
 
     The newest page is always chosen and counts towards the budget. With `new`, its token is first written to where it
-    belongs, in place, as `append` writes it: K, V, the 4-bit keys and the vectors.
+    belongs, in place, as `append` writes it: K, V, the 4-bit keys, the vectors and the means of the values.
 
     Args:
         q: `[b, Hq, d]`.
@@ -130,6 +136,8 @@ def fused_decode(
         sm_scale: the factor of the logits, 1/sqrt(d) by default.
         reduce: how query heads are combined to rank pages; see `twilight.combine_group`.
         lists: return the indices too, not only how many there are.
+        min_tokens, max_tokens: bounds of what one query head keeps; see `twilight.ops.top_p`.
+        means: the mean value of every page, in 8 bits, if what is pruned shall leave a tail (`twilight.ops.tail`).
         new: tokens to append first. Two vectors of a page are then bounds of its keys, and one is their mean.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
@@ -141,6 +149,7 @@ def fused_decode(
     check_tensor("page_table", page_table, (batch, None), dtype=torch.int32, device=device)
     check_tensor("seq_lens", seq_lens, device=device)
     check_p(p)
+    check_bounds(min_tokens, max_tokens)
     check_reduce(reduce)
     if q.shape[1] % kv_heads:
         raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q.shape[1]}")
@@ -157,14 +166,18 @@ def fused_decode(
         for name in ("k", "v"):
             check_tensor(name, getattr(new, name), (batch, kv_heads, dim), dtype=k_pages.dtype, device=device)
         check_tensor("counts", new.counts, (batch,), dtype=torch.int32, device=device)
+    if means is not None:
+        check_tensor("means", means.values[0], (pool, kv_heads, dim), device=device)
     pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
-    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget)):
-        return _cuda(q, *pages, budget, p, scale, reduce, lists, new)
+    rule = MassRule(p, min_tokens, max_tokens, means)
+    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget, means)):
+        return _cuda(q, *pages, budget, rule, scale, reduce, lists, new)
     if new is not None:
-        rule = {0: None, dim: "mean", 2 * dim: "bounds"}[vectors[0].shape[-1] if vectors else 0]
+        kept = {0: None, dim: "mean", 2 * dim: "bounds"}[vectors[0].shape[-1] if vectors else 0]
         append(
             new.k[:, None], new.v[:, None], k_pages, v_pages, shadow, page_table, seq_lens, new.counts,
-            summary=None if rule is None else Summary(rule, tuple(vectors)), backend="torch",
+            summary=None if kept is None else Summary(kept, tuple(vectors)),
+            value_summary=None if means is None else Summary("mean", means.values), backend="torch",
         )  # fmt: skip
     if vectors and budget is not None:
         scores = page_scores(q, vectors, page_table, seq_lens, page_size=page_size, backend="torch")
@@ -181,10 +194,12 @@ def fused_decode(
         q, shadow, page_table, seq_lens, candidates, page_size=page_size, sm_scale=scale, out_dtype=torch.float16,
         backend="torch",
     )  # fmt: skip
-    pruned = top_p(logits, candidates, seq_lens, p, backend="torch")
-    out, lse = sparse_attention(
-        q, k_pages, v_pages, page_table, seq_lens, pruned.selection, sm_scale=scale, backend="torch"
+    pruned = top_p(
+        logits, candidates, seq_lens, p, min_tokens=min_tokens, max_tokens=max_tokens, means=means, backend="torch"
     )
+    out, lse = sparse_attention(
+        q, k_pages, v_pages, page_table, seq_lens, pruned.selection, tail=pruned.tail, sm_scale=scale, backend="torch"
+    )  # fmt: skip
     return FusedDecode(out, lse, pruned, candidates)
 
 
@@ -197,6 +212,7 @@ def unsupported(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     budget: Budget | None,
+    means: MeanValues | None = None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
     group, page_size, dim = q.shape[1] // k_pages.shape[1], k_pages.shape[2], q.shape[-1]
@@ -212,10 +228,13 @@ def unsupported(
         return f"page_size is {page_size}; the kernel takes 16 and 32"
     if vectors and (vectors[0].dtype != torch.uint8 or vectors[0].shape[-1] not in (dim, 2 * dim)):
         return "the vectors of the pages are not kept in 8 bits"
-    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *vectors)):
+    values = () if means is None else means.values
+    if values and len(values) != 2:
+        return "the mean values of the pages are not kept in 8 bits"
+    if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *vectors, *values)):
         return "the pages are not contiguous"
     if q.is_cuda:
-        shape = _shape(q, k_pages, vectors, page_table, budget)
+        shape = _shape(q, k_pages, vectors, page_table, budget, means)
         if _plan(*shape, q.get_device()) is None:
             return f"{shape[2]} candidate pages a row do not fit into the shared memory of a cluster"
     return None
@@ -227,12 +246,14 @@ def _shape(
     vectors: Sequence[torch.Tensor],
     page_table: torch.Tensor,
     budget: Budget | None,
-) -> tuple[int, int, int, int, int, int, int]:
-    """Return rows, pages and candidate pages of a row, G, d, vectors of a page, P."""
+    means: MeanValues | None,
+) -> tuple[int, int, int, int, int, int, int, bool]:
+    """Return rows, pages and candidate pages of a row, G, d, vectors of a page, P, and whether there is a tail."""
     dim, page_size, max_pages = q.shape[-1], k_pages.shape[2], page_table.shape[1]
     capacity = min(budget.page_capacity(page_size), max_pages) if vectors and budget is not None else max_pages
     count = vectors[0].shape[-1] // dim if vectors else 0
-    return q.shape[0] * k_pages.shape[1], max_pages, capacity, q.shape[1] // k_pages.shape[1], dim, count, page_size
+    rows, group = q.shape[0] * k_pages.shape[1], q.shape[1] // k_pages.shape[1]
+    return rows, max_pages, capacity, group, dim, count, page_size, means is not None
 
 
 @dataclass(frozen=True)
@@ -255,18 +276,18 @@ def _max_cluster(index: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, index: int
+    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, tail: bool, index: int
 ) -> _Plan | None:
     """Return the cut that should take least time on a device; None if a row fits no cluster."""
     block_limit, total = shared_memory(index)
-    shape = (rows, max_pages, capacity, group, dim, vectors, page_size)
+    shape = (rows, max_pages, capacity, group, dim, vectors, page_size, tail)
     return _cut(
         *shape, num_sms=kernels.num_sms(index), block_limit=block_limit, total=total, max_cluster=_max_cluster(index)
     )
 
 
 def _cut(
-    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int,
+    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, tail: bool,
     *, num_sms: int, block_limit: int, total: int, max_cluster: int,
 ) -> _Plan | None:  # fmt: skip
     """Choose among blocks of a cluster and warps of a block by what a wave of blocks takes.
@@ -287,7 +308,7 @@ def _cut(
         for warps, resident in ((16, 1), (8, 2)):
             if dim == 256:
                 warps, resident = 8, 1  # 256 channels need the registers of 16 warps for 8
-            smem = _smem(pages, entries, group, dim, vectors, page_size, cluster, warps)
+            smem = _smem(pages, entries, group, dim, vectors, page_size, tail, cluster, warps)
             limit = min(total, _SMEM_OF_TWO) // 2 if resident == 2 else block_limit
             if smem > limit - _STATIC_SMEM:
                 continue
@@ -312,7 +333,7 @@ _SMEM_OF_TWO = 196 * 1024
 
 
 def _smem(
-    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, cluster: int, warps: int
+    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, tail: bool, cluster: int, warps: int
 ) -> int:
     """Return the bytes that `Layout` in raw_kernels/fused_decode.cu adds up to."""
     tokens = entries * page_size
@@ -320,7 +341,7 @@ def _smem(
     if vectors:
         scores = max(scores, 4 * pages * (group + 1 + cluster))
     lists = -(-8 * entries // 16) * 16 + -(-tokens // 128) * 16
-    bins = max(8192, 2048 * group * (2 if cluster > 1 else 1))
+    bins = max(8192, 2048 * group * (2 if cluster > 1 else 1), -(-group * entries // 4) * 16 if tail else 0)
     return scores + lists + bins + 6 * group * dim + (4 * group * dim if cluster > 1 else 0)
 
 
@@ -333,15 +354,16 @@ def _cuda(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     budget: Budget | None,
-    p: float,
+    rule: MassRule,
     sm_scale: float,
     reduce: str,
     lists: bool,
     new: NewTokens | None,
 ) -> FusedDecode:
     b, q_heads, dim = q.shape
-    shape = _shape(q, k_pages, vectors, page_table, budget)
-    rows, max_pages, capacity, group, _, count, page_size = shape
+    p, means = rule.p, rule.means
+    shape = _shape(q, k_pages, vectors, page_table, budget, means)
+    rows, max_pages, capacity, group, _, count, page_size, _ = shape
     kv_heads, index, device = k_pages.shape[1], q.get_device(), q.device
     plan = _plan(*shape, index)
     assert plan is not None
@@ -354,6 +376,9 @@ def _cuda(
     lse = torch.empty((b, q_heads), dtype=torch.float32, device=device)
     candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
     kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
+    lost = None
+    if means is not None:
+        lost = torch.empty((b, q_heads, capacity if lists else 0), dtype=torch.float32, device=device)
     out = torch.empty((b, q_heads, dim), dtype=q.dtype, device=device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
@@ -363,23 +388,26 @@ def _cuda(
         added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
     kernel = _kernel(dim, group, count, plan.warps, index)
     sms = kernels.num_sms(index)
+    staggered = plan.cluster == 1 and plan.warps == 8 and dim < 256 and rows > sms
+    most = _NO_LIMIT if rule.max_tokens is None else min(rule.max_tokens, _NO_LIMIT)
     params = FusedDecodeParams(
         *((part.data_ptr() for part in added) if added else (None, None, None)),
         *((part.stride()[:2] for part in added[:2]) if added else ((0, 0), (0, 0))),
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), shadow.data_ptr(),
         vectors[0].data_ptr() if vectors else None, vectors[1].data_ptr() if vectors else None,
+        *((None, None) if means is None else (part.data_ptr() for part in means.values)),
         page_table.data_ptr(), seq_lens.data_ptr(), None if page_budget is None else page_budget.data_ptr(),
         candidates.data_ptr() if lists else None, candidate_lengths.data_ptr(), kept.data_ptr() if lists else None,
-        kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
+        None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, sms if plan.cluster == 1 and plan.warps == 8 and dim < 256 and rows > sms else 0,
+        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, sms if staggered else 0,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
-    return FusedDecode(
-        out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass),
-        Selection(candidates, candidate_lengths, page_size),
-    )  # fmt: skip
+    pages = Selection(candidates, candidate_lengths, page_size)
+    tail = None if means is None else Tail(replace(pages, log_weight=lost), means)
+    return FusedDecode(out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass, tail), pages)
 
 
 @functools.cache

@@ -76,6 +76,22 @@ class Pruned:
     tail: Tail | None = None
 
 
+@dataclass(frozen=True)
+class MassRule:
+    """What `top_p` is asked for.
+
+    Attributes:
+        p: mass to keep, in (0, 1].
+        min_tokens, max_tokens: bounds of what one query head keeps; see `top_p_mask`.
+        means: the mean value of every page, if what is pruned shall leave a tail; see `twilight.ops.tail`.
+    """
+
+    p: float
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    means: MeanValues | None = None
+
+
 def top_p_mask(logits: torch.Tensor, p: float, *, min_tokens: int = 1, max_tokens: int | None = None) -> torch.Tensor:
     """Return which entries of each row top-p keeps.
 
