@@ -61,7 +61,8 @@ struct FusedDecodeParams {
   int entry_share;           // candidate pages of a block at most
   int min_tokens;            // that a query head keeps at least, and at most
   int max_tokens;
-  int stagger;               // blocks of the grid that begin late, from this one on and as many; or 0
+  int stagger;               // rows that begin late, from this one on and as many; or 0
+  float stagger_ns;          // how late, for each page
 };
 CHECK_PARAMS(FusedDecodeParams);
 
@@ -151,9 +152,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     return;
   }
   if (p.stagger && row >= p.stagger && row < 2 * p.stagger && Vectors && budget < real) {
-    // Blocks that share a multiprocessor would stream together and search together. Half of the first wave waits for as long as the other half streams pages,
-    // and from then on one searches while the other streams: 30 bytes a nanosecond is what a multiprocessor gets.
-    const int wait = real * ((Vectors * D + 4) / 30 + 1);
+    // All rows of a wave would stream together and search together. Half of the first wave waits, and from then on one half searches while the other streams.
+    const u32 wait = static_cast<u32>(static_cast<float>(real) * p.stagger_ns);
     u32 begin, now;
     asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(begin));
     do {
@@ -180,17 +180,14 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   // By the warp that scores the last tile: nobody else waits.
   if (last_here && warp == (cluster.place(tiles - 1) & (kWarps - 1)) && p.fresh.k != nullptr && p.fresh.counts[batch] != 0) {
     const long long place = static_cast<long long>(chosen ? numbers[count - 1] : table[real - 1]) * p.kv_heads + kv_head;
-    const auto write = [&](auto type) {
-      using T = decltype(type);
-      const T *const k = static_cast<const T*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1];
-      const T *const v = static_cast<const T*>(p.fresh.v) + batch * p.fresh.v_strides[0] + kv_head * p.fresh.v_strides[1];
-      const long long first = (place << p.page_shift) * D;
-      const PagePlace<T> page{static_cast<T*>(p.k_pages) + first, static_cast<T*>(p.v_pages) + first, p.shadow + place * ((D / 2 + 4) << p.page_shift),
-                              p.codes + place * (Vectors * D), p.value_codes ? p.value_codes + place * D : nullptr, p.code_params + place, p.value_params + place};
-      append_token<T, D, Vectors>(k, v, page, (seq_len - 1) & (page_size - 1), page_size);
-    };
-    if (p.q_is_bf16) write(bf16());
-    else write(half());
+    const int channel = lane * (D / kWarp);
+    const long long first = (place << p.page_shift) * D + channel;
+    const u16* const k = static_cast<const u16*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1] + channel;
+    const u16* const v = static_cast<const u16*>(p.fresh.v) + batch * p.fresh.v_strides[0] + kv_head * p.fresh.v_strides[1] + channel;
+    const PagePlace page{static_cast<u16*>(p.k_pages) + first, static_cast<u16*>(p.v_pages) + first, p.shadow + place * ((D / 2 + 4) << p.page_shift),
+                         p.codes + place * (Vectors * D) + channel, p.value_codes ? p.value_codes + place * D + channel : nullptr, p.code_params + place,
+                         p.value_params + place};
+    append_token<D, Vectors>(k, v, p.q_is_bf16, page, (seq_len - 1) & (page_size - 1), page_size);
     __syncwarp();
   }
   // A block may write to another once that one runs: each waits before its first such store. What has been appended is seen then, too.

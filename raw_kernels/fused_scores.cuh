@@ -195,7 +195,7 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
         for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + j * 64);
       }
 #pragma unroll
-      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(params + place(tile, row_of<Tiles>(h, gid, tig)));
+      for (int h = 0; h < kParams; ++h) sz[i][h] = load_near4(params + place(tile, row_of<Tiles>(h, gid, tig)));
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {

@@ -53,24 +53,24 @@ __device__ __forceinline__ void weigh_pruned(const TopPScratch<kMaxHeads>& s, co
   }
 }
 
-// Codes 2 * pair and 2 * pair + 1 of eight, as what they stand for.
-template <typename T>
-__device__ __forceinline__ u32 two_values(uint2 codes, int pair, float2 params) {
-  const auto value = [&](int byte) {  // a byte in the last place of 2^23 is that float plus the byte: no conversion
-    return fmaf(__uint_as_float(__byte_perm(pair < 2 ? codes.x : codes.y, 0x4b000000u, 0x7440 + byte)) - kMagic, params.x, params.y);
-  };
-  return pack2<T>(value(pair % 2 * 2), value(pair % 2 * 2 + 1));
+// Codes 2 * pair and 2 * pair + 1 of eight, as what they stand for, in halves: scale and zero are halves too, so that all there is fits them.
+__device__ __forceinline__ u32 two_values(uint2 codes, int pair, half2 scale, half2 zero) {
+  // A byte in the last places of 1024 is that half plus the byte: no conversion.
+  const u32 word = __byte_perm(pair < 2 ? codes.x : codes.y, 0x64646464u, pair % 2 ? 0x4342 : 0x4140);
+  const half2 value = __hfma2(__hsub2(*reinterpret_cast<const half2*>(&word), __float2half2_rn(1024.f)), scale, zero);
+  return *reinterpret_cast<const u32*>(&value);
 }
 
-// One warp's part: tiles of 16 pages, beside the tokens that attend_warp has been through, whose state (o, top, sum) it goes on with.
-template <typename T, int D, int kWarps>
+// One warp's part: tiles of 16 pages, beside the tokens that attend_warp has been through, whose state (o, top, sum) it goes on with. Weights in halves, whatever the type of the
+// cache: they are at most 1, and what they cannot tell from 0 is below 6e-8 of the largest.
+template <int D, int kWarps>
 __device__ __forceinline__ void attend_pruned(const PrunedPages& tail, int group, float (&o)[D / 16][4], float& top, float& sum) {
   constexpr int kPieces = D / 64;
   const int lane = lane_id(), gid = lane / 4, tig = lane % 4;
 #pragma unroll 1
   for (int first = uniform_warp_id() * 16; first < tail.count; first += kWarps * 16) {
     uint2 codes[4][kPieces];
-    float2 params[4];
+    half2 params[4];
     float x[4], w[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -79,21 +79,22 @@ __device__ __forceinline__ void attend_pruned(const PrunedPages& tail, int group
       const size_t place = static_cast<size_t>(static_cast<u32>(tail.physical[there])) * tail.kv_heads;
 #pragma unroll
       for (int j = 0; j < kPieces; ++j) codes[i][j] = load_fresh8(tail.codes + place * D + gid * 8 + j * 64);
-      params[i] = unpack2<half>(load_fresh4(tail.params + place));
+      const u32 both = load_fresh4(tail.params + place);
+      params[i] = *reinterpret_cast<const half2*>(&both);
       x[i] = page < tail.count && gid < group ? tail.logits[gid * tail.count + there] : -inf();
     }
     rescale(o, top, sum, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
 #pragma unroll
     for (int i = 0; i < 4; ++i) w[i] = fast_exp2(x[i] - finite_top(top)), sum += w[i];
-    const u32 b0 = pack2<T>(w[0], w[1]), b1 = pack2<T>(w[2], w[3]);
+    const u32 b0 = pack2<half>(w[0], w[1]), b1 = pack2<half>(w[2], w[3]);
 #pragma unroll
     for (int j = 0; j < kPieces; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         u32 t[4];
 #pragma unroll
-        for (int k = 0; k < 4; ++k) t[k] = two_values<T>(codes[k][j], i, params[k]);
-        mma_16bit<T>(o[4 * j + i], __byte_perm(t[0], t[1], 0x5410), __byte_perm(t[0], t[1], 0x7632), __byte_perm(t[2], t[3], 0x5410), __byte_perm(t[2], t[3], 0x7632), b0, b1);
+        for (int k = 0; k < 4; ++k) t[k] = two_values(codes[k][j], i, __low2half2(params[k]), __high2half2(params[k]));
+        mma_16bit<half>(o[4 * j + i], __byte_perm(t[0], t[1], 0x5410), __byte_perm(t[0], t[1], 0x7632), __byte_perm(t[2], t[3], 0x5410), __byte_perm(t[2], t[3], 0x7632), b0, b1);
       }
   }
 }

@@ -178,9 +178,11 @@ H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_clu
 @pytest.mark.parametrize(
     "batch,length,cluster,warps",
     [
-        (1, 32768, 8, 16),
+        (1, 8192, 4, 8),
+        (1, 32768, 8, 8),
         (1, 131072, 8, 16),
         (8, 32768, 2, 16),
+        (16, 32768, 1, 16),
         (32, 32768, 1, 8),
         (64, 32768, 1, 8),
         (32, 131072, 2, 16),
@@ -188,7 +190,7 @@ H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_clu
 )
 @pytest.mark.parametrize("tail", [False, True])
 def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, tail):
-    # Measured: each against its neighbours, but for the last, which follows from the same arithmetic.
+    # Measured: each against its neighbours.
     plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, tail, **H200)
     assert (plan.cluster, plan.warps) == (cluster, warps)
 

@@ -55,6 +55,7 @@ class FusedDecodeParams(ctypes.Structure):
             "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
             "entry_share", "min_tokens", "max_tokens", "stagger",
         )),
+        ("stagger_ns", ctypes.c_float),
     ]  # fmt: skip
 
 
@@ -293,9 +294,10 @@ def _cut(
     """Choose among blocks of a cluster and warps of a block by what a wave of blocks takes.
 
     A block streams its share of the row and then searches in it, and its neighbour does the same at the same time. On
-    an H200: 32 bytes a nanosecond a multiprocessor, 24 for 8 warps alone; 25 us of searching for 16 warps, 30 for 8,
-    and 0.6 a block of a cluster for its barriers. Fitted to what was measured from b=1 at 32k to b=64, whose cuts the
-    sums put in the right order.
+    an H200: 32 bytes a nanosecond a multiprocessor, 24 for 8 warps alone; 18 us of searching for 16 warps and 15 for 8,
+    and 1.5 and 2.4 more for every thousand candidates, a fifth more beside a neighbour. Fitted to what was measured
+    from b=1 at 8k to b=64 at 32k and b=32 at 128k, with the cuts of either side; the sums are 3 us off at b=1, and 7 %
+    above.
     """
     best, least = None, float("inf")
     for cluster, fitting in _FITTING.items():
@@ -318,7 +320,8 @@ def _cut(
             together = -(-at_once * cluster // num_sms)
             waves = -(-rows // at_once)
             streams = size * max(together / 32e3, 1 / (32e3 if warps == 16 else 24e3))
-            time = waves * (streams + (25 if warps == 16 else 30) + 0.6 * cluster)
+            search = 18 + 1.5e-3 * tokens if warps == 16 else (15 + 2.4e-3 * tokens) * (1.2 if together > 1 else 1.0)
+            time = waves * (streams + search + _BARRIERS[cluster])
             if time < least:
                 best, least = _Plan(cluster, warps, pages, entries, smem), time
     return best
@@ -326,6 +329,8 @@ def _cut(
 
 _FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
 """Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
+_BARRIERS = {1: 0.6, 2: 1.2, 4: 2.4, 8: 4.8, 16: 18.0}
+"""Microseconds that blocks of a cluster wait for one another. 16 of them get 16 to 18 multiprocessors, not one each."""
 _STATIC_SMEM = 6144
 """What the kernel takes besides, at most, and what the GPU keeps for itself."""
 _SMEM_OF_TWO = 196 * 1024
@@ -402,7 +407,7 @@ def _cuda(
         None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, sms if staggered else 0,
+        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, sms if staggered else 0, count * dim / 30 + 1,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
     pages = Selection(candidates, candidate_lengths, page_size)
