@@ -193,7 +193,7 @@ def test_the_tail_is_what_the_union_leaves(kind, granularity, group):
         means = MeanValues((torch.randn(8, 2, 64, dtype=torch.float16, device="cuda"),), page, pages)
         for p, bounds in ((0.8, {}), (0.9, {"min_tokens": 8, "max_tokens": 64}), (1.0, {"max_tokens": 20})):
             pruned = ops.top_p(logits, candidates, lens, p, **bounds, means=means, backend="cuda")
-            twin = ops.page_tail(logits, candidates, pruned.selection, lens, means)
+            twin = ops.page_tail(logits, candidates, pruned.selection, lens, means, backend="torch")
             mine, expected = pruned.tail.pages, twin.pages
             counted = expected.counted()
             assert mine.lengths.equal(expected.lengths) and mine.indices[counted].equal(expected.indices[counted])

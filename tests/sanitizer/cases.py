@@ -347,6 +347,33 @@ def top_p(at: At) -> Iterator[Any]:
         yield pruned.selection.lengths, pruned.per_query_head, pruned.mass
 
 
+@case("page_tail")
+def page_tail(at: At) -> Iterator[Any]:
+    # A block alone and clusters of 2 and 8; rows that end inside a page, lists that hold all or nothing.
+    for lengths, page, group, dtype in (
+        (RAGGED, 16, 4, torch.float16),
+        ((5001, 700), 16, 3, torch.float32),
+        ((40000,), 16, 16, torch.float16),
+    ):
+        cache = at.cache(lengths, group=group, dim=64, page=page)
+        candidates = cache.select(1, share=0.6)
+        lists, ends = candidates.indices.cpu(), candidates.lengths.cpu()
+        kept, counts = torch.zeros_like(lists), torch.zeros_like(ends)
+        for row, head in torch.cartesian_prod(*(torch.arange(n) for n in ends.shape)).tolist():
+            taken = lists[row, head, : int(ends[row, head])][:: 3 - head]
+            kept[row, head, : len(taken)], counts[row, head] = taken, len(taken)
+        logits = torch.randn(len(lengths), 2 * group, candidates.capacity, generator=at.generator).to(dtype)
+        means = ops.MeanValues(cache.vectors("mean", 8), page, cache.table.shape[1])
+        selection = Selection(at.put(kept), at.put(counts))
+        tail = at.run(ops.page_tail, at.put(logits), candidates, selection, cache.seq_lens, means).pages
+        yield tail.lengths
+        for row, head in torch.cartesian_prod(*(torch.arange(n) for n in ends.shape)).tolist():
+            count = int(tail.lengths[row, head])
+            if count:
+                heads = slice(head * group, (head + 1) * group)
+                yield tail.indices[row, head, :count], tail.log_weight[row, heads, :count]
+
+
 @case("sparse_attention")
 def sparse_attention(at: At) -> Iterator[Any]:
     for group, dim, page, dtype in SHAPES:

@@ -9,13 +9,14 @@ from twilight.ops.fused_decode import NewTokens, fused_decode
 from twilight.ops.label_scores import label_scores
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
+from twilight.ops.page_tail import page_tail
 from twilight.ops.paging import new_positions
 from twilight.ops.quantize import dequantize, quantize
 from twilight.ops.rotate import rotate
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary, key_labels, page_bounds, page_means
-from twilight.ops.tail import MeanValues, Tail, mean_tail, page_tail
+from twilight.ops.tail import MeanValues, Tail, mean_tail
 from twilight.ops.threshold import threshold
 from twilight.ops.top_k import top_k
 from twilight.ops.top_p import join_group, keep_all, top_p

@@ -92,44 +92,6 @@ class Tail:
             raise ValueError("pages: expected a log_weight, the logits of the pseudo-tokens")
 
 
-def page_tail(
-    logits: torch.Tensor, candidates: Selection, kept: Selection, seq_lens: torch.Tensor, means: MeanValues
-) -> Tail:
-    """Return the tail of what was not kept, page by page.
-
-    Args:
-        logits: `[b, Hq, capacity * granularity]` estimates, `-inf` past a row's end.
-        candidates: what they are of: tokens, or pages of `means.page_size` tokens.
-        kept: tokens, a subset of the candidates.
-        seq_lens: `[b]` int32.
-        means: the pages' mean values.
-
-    Returns:
-        A tail over the candidate pages, or over those pages that hold a pruned token if the candidates are tokens.
-    """
-    size, group = means.page_size, logits.shape[1] // candidates.indices.shape[1]
-    if candidates.granularity not in (1, size):
-        raise ValueError(f"candidates: expected a granularity of 1 or {size}, got {candidates.granularity}")
-    positions, valid = candidates.positions(seq_lens)
-    end = means.max_pages * size  # a place of its own for whatever is no token
-    taken = torch.zeros((*positions.shape[:2], end + 1), dtype=torch.bool, device=logits.device)
-    at, counted = kept.positions(seq_lens)
-    taken.scatter_(-1, at.masked_fill(~counted, end), True)
-    gone = valid & ~taken.gather(-1, positions)
-    left = logits.double().masked_fill(~gone.repeat_interleave(group, dim=1), -torch.inf)
-    if candidates.granularity == size:
-        mass = left.unflatten(-1, (candidates.capacity, size)).logsumexp(-1).float()
-        return Tail(replace(candidates, log_weight=mass), means)
-    spread = torch.full((*left.shape[:2], end + 1), -torch.inf, dtype=torch.float64, device=logits.device)
-    where = positions.masked_fill(~gone, end).repeat_interleave(group, dim=1)
-    spread.scatter_(-1, where, left)  # tokens are unique, so that no two write to one place but the last
-    mass = spread[..., :end].unflatten(-1, (means.max_pages, size)).logsumexp(-1).float()
-    some = (mass != -torch.inf).unflatten(1, (positions.shape[1], group)).any(2)
-    pages = torch.arange(means.max_pages, device=logits.device).expand_as(some)
-    listed = Selection.compact(pages, some, granularity=size, log_weight=mass)
-    return Tail(listed.trimmed() if logits.device.type == "cpu" else listed, means)
-
-
 def mean_tail(tail: Tail, seq_lens: torch.Tensor) -> Tail:
     """Put all of a tail's mass on the mean value of the sequence instead (SparQ, arXiv 2312.04985).
 
@@ -137,7 +99,7 @@ def mean_tail(tail: Tail, seq_lens: torch.Tensor) -> Tail:
     tail over pages: logits `log(sum_j exp(L_j)) + log(n_j / N)` for every page of the sequence.
 
     Args:
-        tail: as `page_tail` returns it.
+        tail: as `ops.page_tail` returns it.
         seq_lens: `[b]` int32.
     """
     size, log_weight = tail.means.page_size, tail.pages.log_weight

@@ -63,7 +63,7 @@ def threshold(
     weight: float = 0.0,
     means: MeanValues | None = None,
 ) -> Pruned:
-    """Prune the candidates that weigh too little. Runs in torch on any device.
+    """Prune the candidates that weigh too little. Runs in torch on any device, but for the tail of tokens.
 
     Args:
         logits: `[b, Hq, capacity * granularity]`, `-inf` past a row's end.

@@ -20,8 +20,9 @@ import torch
 
 from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_p, check_positive, check_tensor
+from twilight.ops.page_tail import page_tail
 from twilight.ops.scratch import shared_memory
-from twilight.ops.tail import MeanValues, Tail, page_tail
+from twilight.ops.tail import MeanValues, Tail
 from twilight.selection import Selection
 
 _BINS = 512
@@ -163,7 +164,7 @@ def top_p(
     if kernels.use_kernel(backend, logits.device, _unsupported(logits, candidates)):
         return _cuda(logits, candidates, seq_lens, p, min_tokens, max_tokens, means)
     keep = top_p_mask(logits, p, min_tokens=min_tokens, max_tokens=max_tokens)
-    return join_group(keep, logits, candidates, seq_lens, means)
+    return join_group(keep, logits, candidates, seq_lens, means, backend=backend)
 
 
 def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
@@ -175,7 +176,13 @@ def keep_all(candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
 
 
 def join_group(
-    keep: torch.Tensor, logits: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor, means: MeanValues | None
+    keep: torch.Tensor,
+    logits: torch.Tensor,
+    candidates: Selection,
+    seq_lens: torch.Tensor,
+    means: MeanValues | None,
+    *,
+    backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> Pruned:
     """Keep for each kv head what any query head of its group keeps, and leave the rest to a tail if there are `means`.
 
@@ -185,12 +192,13 @@ def join_group(
         candidates: what they are of.
         seq_lens: `[b]` int32.
         means: the mean value of every page, or None.
+        backend: which implementation of `page_tail`; the rest is torch.
     """
     mass = (torch.softmax(logits.double(), dim=-1) * keep).sum(-1).float().nan_to_num(0.0)
     pruned = _union(keep, mass, candidates, seq_lens)
     if means is None:
         return pruned
-    return replace(pruned, tail=page_tail(logits, candidates, pruned.selection, seq_lens, means))
+    return replace(pruned, tail=page_tail(logits, candidates, pruned.selection, seq_lens, means, backend=backend))
 
 
 def _union(keep: torch.Tensor, mass: torch.Tensor, candidates: Selection, seq_lens: torch.Tensor) -> Pruned:
