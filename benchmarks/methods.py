@@ -106,8 +106,8 @@ def methods(
     """
     yield Method(TOP_K, TwilightAttention(quest, NoPruning(), 0.125))
     yield Method(QUEST, TwilightAttention(quest, TopP(p), 0.25))
-    yield Method("quest + bounded top-p", TwilightAttention(quest, BoundedTopP(p), 0.25))
-    yield Method("quest + bounded top-p + tail", TwilightAttention(quest, BoundedTopP(p, tail="page_mean"), 0.25))
+    yield Method("quest + bounded top-p", TwilightAttention(quest, BoundedTopP(p, tail="none"), 0.25))
+    yield Method("quest + bounded top-p + tail", TwilightAttention(quest, BoundedTopP(p), 0.25))
     yield Method("full + top-p", TwilightAttention(make("full"), TopP(p), 1.0))
     if built_in("block_mean") is not None:
         yield Method("block_mean + top-p", TwilightAttention(make("block_mean"), TopP(p), 0.25))

@@ -34,7 +34,7 @@ from twilight.report import versions
 from twilight.stats import Record
 
 DENSE, UNPRUNED = "dense", "every candidate"
-TAILED = BoundedTopP(tail="page_mean")
+TAILED = BoundedTopP()
 """What the caches are made for: every rule finds the metadata that it needs, and those without a tail read none."""
 
 
@@ -45,20 +45,20 @@ def rules() -> Iterator[tuple[str, Pruner | None]]:
     for p in (0.7, 0.85, 0.95, 0.99):
         yield f"top-p {p}", TopP(p)
     for k in (32, 64, 128, 256):
-        yield f"top-k {k}", BoundedTopP(1.0, 1, k)
+        yield f"top-k {k}", BoundedTopP(0.5, k, k, tail="none")
     for share in (0.01, 0.001):
         yield f"threshold {share} of the largest", Threshold(share)
     for p, least, most in ((0.95, 1, 256), (0.85, 32, None), (0.7, 32, 128), (0.85, 32, 256), (0.95, 32, 256)):
         bounds = (
             f"at least {least}" * (least > 1) + ", " * (least > 1 and most is not None) + f"at most {most}" * bool(most)
         )
-        yield f"top-p {p}, {bounds}", BoundedTopP(p, least, most)
+        yield f"top-p {p}, {bounds}", BoundedTopP(p, least, most, tail="none")
     for k in (16, 32, 64, 128):
-        yield f"top-k {k} + page tail", BoundedTopP(1.0, 1, k, tail="page_mean")
-    yield "top-p 0.7 + page tail", BoundedTopP(0.7, 1, None, tail="page_mean")
-    yield "top-p 0.85, at least 16, at most 128 + page tail", BoundedTopP(0.85, 16, 128, tail="page_mean")
-    yield "top-p 0.95, at least 16, at most 128 + page tail", BoundedTopP(0.95, 16, 128, tail="page_mean")
-    yield "top-k 32 + mean tail", BoundedTopP(1.0, 1, 32, tail="mean")
+        yield f"top-k {k} + page tail", BoundedTopP(0.5, k, k)
+    yield "top-p 0.7 + page tail", BoundedTopP(0.7, 1, None)
+    yield "top-p 0.85, at least 16, at most 128 + page tail", BoundedTopP(0.85)
+    yield "top-p 0.95, at least 16, at most 128 + page tail", BoundedTopP(0.95)
+    yield "top-k 32 + mean tail", BoundedTopP(0.5, 32, 32, tail="mean")
     yield "top-p 0.85, at least 32, at most 256 + mean tail", BoundedTopP(0.85, 32, 256, tail="mean")
 
 

@@ -266,7 +266,7 @@ def test_what_nvrtc_says_is_shown(sources):
     (sources / "append.cu").write_text(source.replace("  int pages_per_row;", "  int pages_per_row, more, and_more;"))
     with pytest.raises(KernelError, match="AppendParams: the ctypes mirror has another size(.|\n)*different versions"):
         compile_source("append", ["append<half, 64, 0>"], "sm_90")
-    (sources / "append.cu").write_text(source.replace("common.cuh", "cuda_nowhere.h"))
+    (sources / "append.cu").write_text(source.replace("codes.cuh", "cuda_nowhere.h"))
     with pytest.raises(KernelError, match="CUDA's headers are not where CuPy looks for them: pip install"):
         compile_source("append", ["append<half, 64, 0>"], "sm_90")
     with pytest.raises(KernelError, match="this NVRTC is older than the GPU: pip install"):

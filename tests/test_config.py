@@ -60,7 +60,7 @@ def sweep(*words: str) -> list[DictConfig]:
 def test_the_defaults(site):
     cfg = one()
     assert config.build_selector(cfg) == site.registry.create_selector("quest")
-    assert config.build_pruner(cfg) == TopP(0.95)
+    assert config.build_pruner(cfg) == BoundedTopP(0.95, 16, 128, "page_mean", "int8")
     assert config.build_budget(cfg) == UniformBudget(0.25, 64)
     assert cfg.model == {
         "name": "tiny",
@@ -86,9 +86,10 @@ def test_the_defaults(site):
 
 
 def test_p_reaches_the_pruner_and_the_pruners_own_wins(site):
-    assert config.build_pruner(one("p=0.8")) == TopP(0.8)
-    assert config.build_pruner(one("p=1")) == TopP(1.0)
-    assert config.build_pruner(one("p=0.8", "pruner.p=0.7")) == TopP(0.7)
+    assert config.build_pruner(one("p=0.8")) == BoundedTopP(0.8)
+    assert config.build_pruner(one("p=0.8", "pruner=top_p")) == TopP(0.8)
+    assert config.build_pruner(one("p=1")) == BoundedTopP(1.0)
+    assert config.build_pruner(one("p=0.8", "pruner.p=0.7")) == BoundedTopP(0.7)
     assert config.build_pruner(one("pruner=none")) == NoPruning()
 
 
@@ -96,7 +97,7 @@ def test_p_reaches_the_pruner_and_the_pruners_own_wins(site):
     ("words", "pruner"),
     [
         (["pruner=bounded_top_p", "p=0.8"], BoundedTopP(0.8)),
-        (["pruner=bounded_top_p", "pruner.max_tokens=64"], BoundedTopP(0.95, 32, 64)),
+        (["pruner=bounded_top_p", "pruner.max_tokens=64"], BoundedTopP(0.95, 16, 64)),
         (["pruner=bounded_top_p", "pruner.max_tokens=null", "pruner.min_tokens=1"], BoundedTopP(0.95, 1, None)),
         (
             ["pruner=bounded_top_p", "pruner.tail=page_mean", "pruner.tail_type=native"],
@@ -179,7 +180,7 @@ WRONG = [
     ("budget=pyramide", "no budget 'pyramide'. Did you mean 'pyramid'?", "installed: ada, dynamic, fixed, fraction"),
     ("budget.beta=3", "no option 'budget.beta'.", "options: budget.name, budget.value, budget.min_tokens"),
     ("pruner=bounded", "no pruner 'bounded'. Did you mean 'bounded_top_p'?", "none, threshold, top_p"),
-    ("pruner.max_tokens=9", "no option 'pruner.max_tokens'.", "options: pruner.name, pruner.p"),
+    ("pruner.max_token=99", "no option 'pruner.max_token'.", "options: pruner.name, pruner.p"),
     ("budget=2.5", "budget: expected an int of tokens or a fraction", ""),
     ("budget.value=all", "budget.value=all: Value 'all' of type 'str' is incompatible", ""),
     ("task.seed=x", "task.seed=x: Value 'x' of type 'str' could not be converted to Integer", ""),

@@ -52,9 +52,9 @@ def _step(attention: TwilightAttention, geometry: Geometry = GEOMETRY):
 
 Rule = Callable[[list[float]], set[int]]
 RULES: list[tuple[Pruner, Rule]] = [
-    (BoundedTopP(0.7, 4, 9), lambda z: oracles.bounded_top_p(z, 0.7, 4, 9)),
-    (BoundedTopP(0.5, 1, None), lambda z: oracles.bounded_top_p(z, 0.5, 1, None)),
-    (BoundedTopP(1.0, 1, 6), lambda z: oracles.bounded_top_p(z, 1.0, 1, 6)),
+    (BoundedTopP(0.7, 4, 9, tail="none"), lambda z: oracles.bounded_top_p(z, 0.7, 4, 9)),
+    (BoundedTopP(0.5, 1, None, tail="none"), lambda z: oracles.bounded_top_p(z, 0.5, 1, None)),
+    (BoundedTopP(0.5, 6, 6, tail="none"), lambda z: oracles.bounded_top_p(z, 1.0, 1, 6)),
     (Threshold(0.2), lambda z: oracles.threshold(z, 0.2, 0.0)),
     (Threshold(0.0, 0.05), lambda z: oracles.threshold(z, 0.0, 0.05)),
 ]
@@ -127,11 +127,24 @@ def test_a_step_by_loops(pruner: Pruner, rule: Rule, selector: Selector, tail: s
 
 def test_bounds_that_bind_nothing_are_top_p() -> None:
     results = []
-    for pruner in (TopP(0.8), BoundedTopP(0.8, 1, None), BoundedTopP(0.8, 1, 62)):
+    for pruner in (TopP(0.8), BoundedTopP(0.8, 1, None, tail="none"), BoundedTopP(0.8, 1, 62, tail="none")):
         torch.manual_seed(0)
         results.append(_step(TwilightAttention(Quest(), pruner, 24))[:2])
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("tail", ["none", "page_mean", "mean"])
+def test_p_of_one_keeps_everything_whatever_the_bounds(tail: str) -> None:
+    attention = TwilightAttention(Full(), BoundedTopP(1.0, 1, 6, tail=tail), 20, collect_stats=True)
+    torch.manual_seed(0)
+    out, lse, *_ = _step(attention)
+    (record,) = attention.stats.records
+    assert torch.equal(record.b1_group, torch.tensor(LENGTHS, dtype=torch.int32)[:, None].expand(-1, 2) + 1)
+    assert record.tail_pages.sum() == 0, "nothing is pruned"
+    torch.manual_seed(0)
+    dense, dense_lse, *_ = _step(TwilightAttention(Full(), TopP(1.0), 20))
+    assert torch.equal(out, dense) and torch.equal(lse, dense_lse)
 
 
 @pytest.mark.parametrize("cls", [TopP, BoundedTopP])
@@ -145,7 +158,7 @@ def test_each_layer_may_have_a_p_of_its_own(cls: type[TopP] | type[BoundedTopP])
         cache, _, _ = fill(geometry, [60], attention.selector)
         return [attention.decode(q, k, k, layer)[0] for layer in cache.layers]
 
-    more = {} if cls is TopP else {"min_tokens": 1, "max_tokens": None}
+    more = {} if cls is TopP else {"min_tokens": 1, "max_tokens": None, "tail": "none"}
     mixed = outputs(cls(0.1, layer_p=(0.3, 1.0, 0.8), **more))
     for nth, p in enumerate((0.3, 1.0, 0.8)):
         assert torch.equal(mixed[nth], outputs(cls(p, **more))[nth])

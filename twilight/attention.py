@@ -54,7 +54,8 @@ class TwilightAttention:
 
     Args:
         selector: proposes candidates.
-        pruner: cuts them down; top-p at 0.95 by default.
+        pruner: cuts them down; by default the paper's top-p at 0.95, which needs no metadata beside the cache. What
+            `twilight.attach` and the commands take by default, `BoundedTopP`, does.
         budget: how many candidates: tokens (int), a fraction of the length (float), or a `UniformBudget`.
         min_context: sequences up to this many tokens are attended densely when no longer one is in the batch. "auto" is
             the length up to which dense was measured to be as fast (`twilight.crossover`) where the kernels run, and 0

@@ -187,11 +187,13 @@ class BoundedTopP(TailedPruner, MassPruner):
     """Top-p with a floor and a ceiling on what a query head keeps, and a tail for what it does not.
 
     Top-p alone spends its tokens on diffuse heads, where hundreds of small weights average out, and starves focused
-    ones, where one of the few tokens that matter may lie beyond p. The floor and the ceiling mend both.
+    ones, where one of the few tokens that matter may lie beyond p. The floor and the ceiling mend both, and the tail
+    gives what the ceiling cuts off its mass. docs/pruning.md has what each costs.
 
     Attributes:
-        p: the mass to keep, in (0, 1]; 1 leaves the choice to `max_tokens`, which makes it top-k over the estimates.
-        min_tokens: keep so many of the heaviest candidates even where fewer reach p.
+        p: the mass to keep, in (0, 1]; 1 keeps every candidate, whatever the bounds.
+        min_tokens: keep so many of the heaviest candidates even where fewer reach p. As many as `max_tokens` make it
+            top-k over the estimates.
         max_tokens: keep no more than so many, but for ties at the threshold; None for no ceiling.
         tail: "none", "page_mean" or "mean".
         tail_type: how the page means are kept, "int8" or "native".
@@ -200,9 +202,9 @@ class BoundedTopP(TailedPruner, MassPruner):
 
     name: ClassVar[str] = "bounded_top_p"
     p: float = 0.95
-    min_tokens: int = 32
-    max_tokens: int | None = 256
-    tail: str = "none"
+    min_tokens: int = 16
+    max_tokens: int | None = 128
+    tail: str = "page_mean"
     tail_type: str = "int8"
     layer_p: tuple[float, ...] | None = None
 
@@ -211,16 +213,22 @@ class BoundedTopP(TailedPruner, MassPruner):
         check_bounds(self.min_tokens, self.max_tokens)
         self._check_tail()
 
+    def _rule(self, layer: LayerCache) -> MassRule:
+        p = self.p_of(layer)
+        if p == 1.0:  # nothing is pruned, and no tail to be read
+            return MassRule(p)
+        return MassRule(p, self.min_tokens, self.max_tokens, self._means(layer))
+
     def mass_rule(self, layer: LayerCache) -> MassRule | None:
-        if self.tail == "mean":  # of pages that were no candidates as well
-            return None
-        return MassRule(self.p_of(layer), self.min_tokens, self.max_tokens, self._means(layer))
+        # A mean tail reads pages that were no candidates as well.
+        return None if self.tail == "mean" else self._rule(layer)
 
     def __call__(self, logits: torch.Tensor | None, candidates: Selection, layer: LayerCache) -> Pruned:
         assert logits is not None
+        rule = self._rule(layer)
         pruned = ops.top_p(
-            logits, candidates, layer.seq_lens, self.p_of(layer),
-            min_tokens=self.min_tokens, max_tokens=self.max_tokens, means=self._means(layer),
+            logits, candidates, layer.seq_lens, rule.p,
+            min_tokens=rule.min_tokens, max_tokens=rule.max_tokens, means=rule.means,
         )  # fmt: skip
         return self._finish(pruned, layer)
 

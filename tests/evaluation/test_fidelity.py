@@ -149,7 +149,7 @@ def test_an_observer_adds_up_what_it_was_to_look_at():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pruner", [TopP(0.8), BoundedTopP(0.8, 4, 64), NoPruning()])
+@pytest.mark.parametrize("pruner", [TopP(0.8), BoundedTopP(0.8, 4, 64, tail="none"), NoPruning()])
 def test_a_step_of_the_kernels_is_measured_by_the_same_definition(pruner):
     geometry, lengths = Geometry(1, 6, 2, 64, 16, torch.bfloat16, torch.device("cuda")), [600, 333]
     attention = TwilightAttention(Quest(), pruner, 0.5)

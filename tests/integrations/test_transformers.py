@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra 'hf'"
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 import twilight  # noqa: E402
-from twilight import NoPruning, Selection, Selector, StateSpec, TopP, ops  # noqa: E402
+from twilight import BoundedTopP, NoPruning, Selection, Selector, StateSpec, ops  # noqa: E402
 from twilight.errors import UnsupportedModelError  # noqa: E402
 
 SMALL = {
@@ -235,7 +235,7 @@ def test_p_can_change_between_runs_without_a_new_handle():
     with twilight.attach(model, Everything(), stats=True) as handle:
         for p in (0.5, 0.9, 1.0):
             handle.p = p
-            assert handle.attention.pruner == TopP(p)
+            assert handle.attention.pruner == BoundedTopP(p)
             handle.stats().clear()
             model.generate(ids, past_key_values=handle.cache(), **GREEDY)
             kept.append(handle.stats().summary()[0]["b1_query"]["mean"])

@@ -55,16 +55,16 @@ def test_without_a_p_to_prune_by_p_is_no_part_of_a_run(toy):
 @pytest.mark.parametrize(
     ("words", "pattern"),
     [
-        (["p=0.9"], r"toy/quest-top_p-p0\.9-b0\.25-[0-9a-f]{12}"),
+        (["p=0.9"], r"toy/quest-bounded_top_p-p0\.9-b0\.25-[0-9a-f]{12}"),
         (["pruner=none", "budget=1024"], r"toy/quest-none-b1024-[0-9a-f]{12}"),
-        (["budget=pyramid"], r"toy/quest-top_p-p0\.95-bpyramid_0\.25-[0-9a-f]{12}"),
-        (["selector.reduce=max"], r"toy/quest_reduce_max-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (["budget=pyramid"], r"toy/quest-bounded_top_p-p0\.95-bpyramid_0\.25-[0-9a-f]{12}"),
+        (["selector.reduce=max"], r"toy/quest_reduce_max-bounded_top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
         (["pruner=bounded_top_p", "pruner.tail=mean"], r"toy/quest-bounded_top_p_tail_mean-p0\.95-b0\.25-[0-9a-f]{12}"),
         (
             ["selector=double_sparsity", f"selector.calibration={'a/' * 150}b"],
-            r"toy/double_sparsity_calibration[a_]{1,32}-top_p-p0\.95-b0\.25-[0-9a-f]{12}",
+            r"toy/double_sparsity_calibration[a_]{1,32}-bounded_top_p-p0\.95-b0\.25-[0-9a-f]{12}",
         ),
-        (["model=hf", "model.path=Qwen/Qwen3-0.6B"], r"toy/Qwen3_0\.6B-quest-top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
+        (["model=hf", "model.path=Qwen/Qwen3-0.6B"], r"toy/Qwen3_0\.6B-quest-bounded_top_p-p0\.95-b0\.25-[0-9a-f]{12}"),
     ],
 )
 def test_folders_can_be_read(toy, words, pattern):

@@ -26,7 +26,7 @@ def test_a_sweep_orders_skips_and_tells(toy, capfd):
     assert main(["sweep", *words]) == 0
     assert ran(toy) == ["quest 0.7", "quest 0.8", "full 0.7", "full 0.8"]
     told = capfd.readouterr().err
-    assert "[4/4] done: toy/full-top_p-p0.8-b0.25-" in told
+    assert "[4/4] done: toy/full-bounded_top_p-p0.8-b0.25-" in told
     assert "4 done, 0 failed, 0 skipped" in told
     before = results(toy)
     assert main(["run", "-m", "p=0.7,0.8,0.9", "selector=full,quest", "task=toy"]) == 0
@@ -49,8 +49,8 @@ def test_a_summary_has_a_table_a_task_and_the_options_that_differ(toy, capfd, mo
     rows = [line.split() for line in told.splitlines() if line.startswith("  streaming_llm")]
     assert told.index("\ntoy") < told.index("\nother")
     assert "seed" in told and "fail_at  " not in told and "seconds  " not in told
-    assert rows.count(["streaming_llm", "top_p", "0.8", "0.25", "4", "14.4"]) == 2
-    assert rows.count(["streaming_llm", "top_p", "0.7", "0.25", "3", "failed"]) == 2
+    assert rows.count(["streaming_llm", "bounded_top_p", "0.8", "0.25", "4", "14.4"]) == 2
+    assert rows.count(["streaming_llm", "bounded_top_p", "0.7", "0.25", "3", "failed"]) == 2
 
 
 def test_selectors_that_differ_in_options_do_not_look_alike(toy, capfd):
@@ -89,7 +89,7 @@ def test_a_failure_is_told_at_once_and_mended_by_the_next_sweep(toy, capfd, monk
     assert ran(toy) == ["quest 0.7", "quest 0.8", "quest 0.9"]
     told = capfd.readouterr().err
     assert told.count("Traceback") == 1
-    assert told.index("RuntimeError: cannot do 0.8") < told.index("done: toy/quest-top_p-p0.9")
+    assert told.index("RuntimeError: cannot do 0.8") < told.index("done: toy/quest-bounded_top_p-p0.9")
     assert "2 done, 1 failed, 0 skipped" in told
     assert len(list(toy.glob("runs/**/error.json"))) == 1
     monkeypatch.setenv("TOY_MENDED", "1")

@@ -333,7 +333,7 @@ def attach(
         selector: name of a registered selector, or one you made.
         p: attention mass to keep, in (0, 1].
         budget: candidates a kv head: tokens (int), a fraction of the length (float), or a `UniformBudget`.
-        pruner: instead of top-p at `p`, which is then not looked at.
+        pruner: instead of `BoundedTopP(p)`, and `p` is then not looked at. ``TopP(p)`` is the paper's rule.
         selector_options: options of the selector, if it is given by name.
         dense_layers: the first layers stay dense; two in the paper (section 5.1).
         min_context: contexts up to this many tokens are attended to densely. "auto" is the length up to which dense was
@@ -362,7 +362,7 @@ def attach(
         found = default_calibration(getattr(config, "_name_or_path", None) or model.config._name_or_path, selector.name)
         selector = replace(selector, calibration=found)
     attention = TwilightAttention(
-        selector, pruner if pruner is not None else TopP(p), budget, min_context=min_context, collect_stats=stats
+        selector, pruner if pruner is not None else BoundedTopP(p), budget, min_context=min_context, collect_stats=stats
     )
     longest = getattr(config, "max_position_embeddings", None)
     if isinstance(attention.budget.value, int) and longest and attention.budget.value > longest:
