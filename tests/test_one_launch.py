@@ -64,6 +64,21 @@ def test_what_else_a_cache_keeps_is_not_left_to_the_launch(selector, pruner, exp
         assert not each.keeps_only((*vectors, layer.shadow), values)
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_what_fails_between_lengths_and_tokens_leaves_no_gap(static):
+    """Without a token in its place, a row that counts it would attend to whatever lay there."""
+    pair = caches(Quest(), "cpu", torch.float32)
+    layers = [(StaticCache(cache, 800, 60) if static else cache).layers[0] for cache in pair]
+    k, v = torch.randn(2, 3, 2, 64)
+    with pytest.raises(RuntimeError, match="between"), layers[0].appending(k, v):
+        raise RuntimeError("between")
+    if static:  # the lengths have grown: the token is there
+        layers[1].append(k, v)
+    assert layers[0].seq_lens.equal(layers[1].seq_lens)
+    assert layers[0].k_pages[1:].equal(layers[1].k_pages[1:])
+    assert layers[0].metadata("bounds")[1:].equal(layers[1].metadata("bounds")[1:])
+
+
 class Halved(TopP):
     """Overrides what a rule would say it does."""
 

@@ -109,7 +109,7 @@ class TwilightAttention:
         self.budget.check_capacity(layer.capacity)
         step = None
         with layer.appending(k, v):
-            # One launch appends as well where nothing else is to be kept: 7 us of a step that takes 34 at b=1.
+            # One launch appends as well where nothing else is to be kept: 28 instead of 35 us at b=1 and 32k.
             if not self.is_dense(layer):
                 step = self._one_launch(q, layer, NewTokens(k, v, layer.new_tokens))
             if step is None:

@@ -34,6 +34,7 @@ class StaticLayer:
         self._static = static
         self._layer = layer
         self._step = 0
+        self._unwritten = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -84,7 +85,10 @@ class StaticLayer:
 
     @contextmanager
     def appending(self, k: torch.Tensor, v: torch.Tensor, new_tokens: Sequence[int] | None = None) -> Iterator[None]:
-        """Do what `append` does but for writing the tokens, as `LayerCache.appending` does."""
+        """Do what `append` does but for writing the tokens, as `LayerCache.appending` does.
+
+        But a step is not undone here, where lengths grow on the device: what the block raises finds the tokens written.
+        """
         static, geometry = self._static, self._layer.geometry
         steps = check_new("k", k, len(static.lengths), geometry)
         check_tensor("v", v, k.shape, dtype=geometry.dtype, device=geometry.device)
@@ -92,12 +96,18 @@ class StaticLayer:
             new_tokens = [steps * int(active) for active in static._active]
         if self._step == static._step:
             static._begin(new_tokens)
-        self._step = static._step
-        yield
+        self._step, self._unwritten = static._step, True
+        try:
+            yield
+        except BaseException:
+            if self._unwritten:
+                self.write(k, v)
+            raise
 
     def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the tokens of a step that `appending` has begun, and bring all metadata up to date."""
         layer, added = self._layer, self.new_tokens
+        self._unwritten = False
         layer._write(k, v, self.page_table, self.seq_lens, added)
         if layer._summarized:
             steps = 1 if k.ndim == 3 else k.shape[1]

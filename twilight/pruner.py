@@ -69,7 +69,8 @@ class Pruner:
         """Say that pruning in this layer is `ops.top_p`, which one kernel can then do together with all other stages.
 
         None by default. A pruner that returns a rule promises that calling it does just that. One whose class overrides
-        `__call__` alone promises nothing any more, and is called.
+        `__call__` alone promises nothing any more, and is called. When it is asked the newest token may not have been
+        written yet, though lengths count it.
         """
         return None
 

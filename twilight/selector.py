@@ -211,7 +211,8 @@ class Selector:
 
         None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
         `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage,
-        and so is one whose class overrides `select` alone.
+        and so is one whose class overrides `select` alone. When it is asked the newest token may not have been written
+        yet, though lengths count it: name tensors here, and leave it to the kernel to read them.
         """
         return None
 

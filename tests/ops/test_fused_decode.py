@@ -111,6 +111,14 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, sm_scale=-1.0)
     with pytest.raises(ValueError, match="p: "):
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 1.5)
+    tokens = torch.tensor([[20, 20]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="codes: expected 64 or 128 of each page, got 32"):
+        narrow = (bounds[0][..., :32], bounds[1])
+        ops.fused_decode(q, *pages, narrow, layer.page_table, layer.seq_lens, Budget(tokens, 20), 0.9)
+    values = (bounds[0][..., :64].contiguous(), bounds[1])
+    with pytest.raises(ValueError, match="means: expected those of pages of 16 tokens of 64 channels"):
+        means = ops.MeanValues(values, 32, 2)
+        ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, means=means)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
 

@@ -331,7 +331,8 @@ def attach(
     Args:
         model: a causal language model that uses transformers' attention interface.
         selector: name of a registered selector, or one you made.
-        p: attention mass to keep, in (0, 1].
+        p: attention mass to keep, in (0, 1]. By default with 16 to 128 tokens a query head, and what the ceiling cuts
+            off on the mean values of its pages; 1 keeps every candidate.
         budget: candidates a kv head: tokens (int), a fraction of the length (float), or a `UniformBudget`.
         pruner: instead of `BoundedTopP(p)`, and `p` is then not looked at. ``TopP(p)`` is the paper's rule.
         selector_options: options of the selector, if it is given by name.

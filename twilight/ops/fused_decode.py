@@ -168,13 +168,19 @@ def fused_decode(
             check_tensor(name, getattr(new, name), (batch, kv_heads, dim), dtype=k_pages.dtype, device=device)
         check_tensor("counts", new.counts, (batch,), dtype=torch.int32, device=device)
     if means is not None:
-        check_tensor("means", means.values[0], (pool, kv_heads, dim), device=device)
+        for part in means.values:
+            check_tensor("means", part, (pool, kv_heads, None), device=device)
+        if means.values[0].shape[-1] != dim or means.page_size != page_size:
+            raise ValueError(f"means: expected those of pages of {page_size} tokens of {dim} channels, got {means}")
+    widths = {0: None, dim: "mean", 2 * dim: "bounds"}
+    if (width := vectors[0].shape[-1] if vectors else 0) not in widths:
+        raise ValueError(f"codes: expected {dim} or {2 * dim} of each page, got {width}")
     pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
     rule = MassRule(p, min_tokens, max_tokens, means)
     if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget, means)):
         return _cuda(q, *pages, budget, rule, scale, reduce, lists, new)
     if new is not None:
-        kept = {0: None, dim: "mean", 2 * dim: "bounds"}[vectors[0].shape[-1] if vectors else 0]
+        kept = widths[width]
         append(
             new.k[:, None], new.v[:, None], k_pages, v_pages, shadow, page_table, seq_lens, new.counts,
             summary=None if kept is None else Summary(kept, tuple(vectors)),

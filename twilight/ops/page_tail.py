@@ -49,7 +49,7 @@ def page_tail(
 
     Args:
         logits: `[b, Hq, capacity * granularity]` estimates, `-inf` past a row's end.
-        candidates: what they are of: tokens, or pages of `means.page_size` tokens.
+        candidates: what they are of: tokens, pages of `means.page_size` tokens, or runs of another length.
         kept: tokens, a subset of the candidates.
         seq_lens: `[b]` int32.
         means: the pages' mean values.
@@ -57,15 +57,13 @@ def page_tail(
             and groups of up to 16.
 
     Returns:
-        A tail over the candidate pages, or, if the candidates are tokens, over those pages where a head of the group
+        A tail over the candidate pages, or, if the candidates are no pages, over those pages where a head of the group
         lost any mass, with a capacity of `means.max_pages` on a GPU.
 
     Raises:
-        ValueError: the candidates are pages of another size, or `backend` is "cuda" and the kernel cannot take these.
+        ValueError: `backend` is "cuda" and the kernel cannot take these.
     """
     size, group = means.page_size, logits.shape[1] // candidates.indices.shape[1]
-    if candidates.granularity not in (1, size):
-        raise ValueError(f"candidates: expected a granularity of 1 or {size}, got {candidates.granularity}")
     if kernels.use_kernel(backend, logits.device, _unsupported(logits, candidates, kept, means)):
         return _cuda(logits, candidates, kept, seq_lens, means)
     positions, valid = candidates.positions(seq_lens)
