@@ -290,8 +290,8 @@ def test_results_of_bench_are_drawn_too():
     assert at.ratio == pytest.approx(dense / cell["methods"]["quest + top-p"]["total"]["us"])
     model = [each for each in timed if each.what == "a step of all of llama-3.1-8b"]
     assert model and not any("dense:" in each.method or "no attention" in each.method for each in model)
-    # The grid and one cell of older kernels, for each shape of heads, and the model.
-    assert [picture.stem for picture in speed.against_context(timed)] == [f"speed-{n}" for n in range(1, 5)]
+    # One for each shape of heads, and the model.
+    assert [picture.stem for picture in speed.against_context(timed)] == ["speed-1", "speed-2", "speed-3"]
 
 
 def test_sixteen_selectors_look_different():
