@@ -134,6 +134,39 @@ def test_bounds_that_bind_nothing_are_top_p() -> None:
         assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
 
 
+@pytest.mark.parametrize(
+    "pruner",
+    [
+        TopP(0.1, layer_p=(0.3, 0.9)),
+        BoundedTopP(0.1, 2, 9, tail="none", layer_p=(0.3, 0.9)),
+        BoundedTopP(0.7, 2, 9, tail_type="native"),
+        BoundedTopP(0.7, 2, None),
+        BoundedTopP(1.0, 2, 9),
+    ],
+    ids=repr,
+)
+def test_the_rule_that_a_kernel_is_told_is_what_calling_does(pruner: TopP | BoundedTopP) -> None:
+    cache, _, _ = fill(Geometry(2, 6, 2, DIM, PAGE, torch.float32), LENGTHS, Full(), pruner=pruner)
+    for layer in cache.layers:
+        candidates = Selection.everything(layer.seq_lens, 2, max_seq_len=64, granularity=PAGE)
+        logits = 3 * torch.randn(len(LENGTHS), 6, 64)
+        logits.masked_fill_(torch.arange(64) >= layer.seq_lens[:, None, None], -torch.inf)
+        rule, got = pruner.mass_rule(layer), pruner(logits, candidates, layer)
+        assert rule is not None
+        bounds = {"min_tokens": rule.min_tokens, "max_tokens": rule.max_tokens, "means": rule.means}
+        want = ops.top_p(logits, candidates, layer.seq_lens, rule.p, **bounds)
+        assert got.selection.indices.equal(want.selection.indices) and got.per_query_head.equal(want.per_query_head)
+        assert (got.tail is None) == (want.tail is None)
+        if got.tail is not None and want.tail is not None:
+            assert got.tail.pages.log_weight.equal(want.tail.pages.log_weight)
+
+
+def test_a_mean_tail_is_no_rule_of_the_kernels() -> None:
+    pruner = BoundedTopP(0.7, tail="mean")
+    cache, _, _ = fill(GEOMETRY, LENGTHS, Full(), pruner=pruner)
+    assert pruner.mass_rule(cache.layers[0]) is None
+
+
 @pytest.mark.parametrize("tail", ["none", "page_mean", "mean"])
 def test_p_of_one_keeps_everything_whatever_the_bounds(tail: str) -> None:
     attention = TwilightAttention(Full(), BoundedTopP(1.0, 1, 6, tail=tail), 20, collect_stats=True)

@@ -222,6 +222,10 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
             assert plan.entries * plan.cluster >= capacity
             assert plan.smem + fused._STATIC_SMEM <= gpu["block_limit"]
             assert plan.warps == 8 or dim < 256
+            # What lies side by side at the end: logits, two lists, who is kept, what pages have lost, and the queries.
+            tokens = plan.entries * page
+            of_heads = group * (2 * tokens + 4 * tail * plan.entries + 6 * dim)
+            assert plan.smem >= of_heads + 8 * plan.entries + tokens // 8
 
 
 def test_what_fits_no_cluster_is_for_the_stages():
