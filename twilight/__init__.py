@@ -12,10 +12,11 @@ from twilight import ops
 from twilight.attention import TwilightAttention
 from twilight.budget import Budget, UniformBudget
 from twilight.budgets import AdaBudget, DynamicBudget, PyramidBudget
-from twilight.cache import LayerCache, PagedKVCache
+from twilight.cache import PagedKVCache
 from twilight.errors import OutOfPagesError, TwilightError
 from twilight.geometry import Geometry
 from twilight.hookspecs import hookimpl
+from twilight.layer_cache import LayerCache
 from twilight.pruner import BoundedTopP, NoPruning, Pruner, Threshold, TopP
 from twilight.selection import Selection
 from twilight.selector import Contract, MetadataSpec, PageRanking, Selector, StateSpec, check_reduce, combine_group

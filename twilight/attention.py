@@ -10,9 +10,9 @@ import torch
 
 from twilight import kernels, ops
 from twilight.budget import UniformBudget, parse_budget
-from twilight.cache import LayerCache
 from twilight.checks import check_tensor
 from twilight.crossover import crossover
+from twilight.layer_cache import LayerCache
 from twilight.ops.fused_decode import FusedDecode, NewTokens
 from twilight.ops.fused_decode import unsupported as fused_unsupported
 from twilight.ops.sparse_attention import unsupported_attention

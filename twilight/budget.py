@@ -12,8 +12,8 @@ from twilight import ops
 from twilight.checks import check_positive
 
 if TYPE_CHECKING:
-    from twilight.cache import LayerCache
     from twilight.geometry import Geometry
+    from twilight.layer_cache import LayerCache
     from twilight.selector import StateSpec
 
 

@@ -23,8 +23,8 @@ from twilight.checks import check_positive
 from twilight.selector import StateSpec
 
 if TYPE_CHECKING:
-    from twilight.cache import LayerCache
     from twilight.geometry import Geometry
+    from twilight.layer_cache import LayerCache
 
 
 @dataclass(frozen=True, eq=False)

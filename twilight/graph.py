@@ -19,9 +19,10 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from twilight.budget import Budget, UniformBudget
-from twilight.cache import LayerCache, PagedKVCache, check_new
+from twilight.cache import PagedKVCache
 from twilight.checks import check_positive, check_tensor
 from twilight.errors import CaptureError
+from twilight.layer_cache import LayerCache, check_new
 from twilight.ops.append import touched_pages
 
 Output = TypeVar("Output")

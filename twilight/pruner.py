@@ -16,8 +16,8 @@ from twilight.selection import Selection
 from twilight.selector import MetadataSpec
 
 if TYPE_CHECKING:
-    from twilight.cache import LayerCache
     from twilight.geometry import Geometry
+    from twilight.layer_cache import LayerCache
 
 TAILS = ("none", "mean", "page_mean")
 TAIL_TYPES = ("int8", "native")

@@ -10,8 +10,8 @@ import torch
 
 if TYPE_CHECKING:
     from twilight.budget import Budget
-    from twilight.cache import LayerCache
     from twilight.geometry import Geometry
+    from twilight.layer_cache import LayerCache
     from twilight.selection import Selection
 
 

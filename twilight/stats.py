@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from twilight.cache import LayerCache
 from twilight.geometry import Geometry
+from twilight.layer_cache import LayerCache
 from twilight.ops.quantize import shadow_bytes
 from twilight.ops.top_p import Pruned
 from twilight.selection import Selection

@@ -12,9 +12,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from twilight.attention import TwilightAttention
-from twilight.cache import LayerCache, PagedKVCache
+from twilight.cache import PagedKVCache
 from twilight.geometry import Geometry
 from twilight.graph import StaticCache
+from twilight.layer_cache import LayerCache
 
 # transformers 5 calls crop with minus the tokens to remove, 4.57 with the length to keep (or minus the tokens).
 _CROP_REMOVES = "tokens_to_remove" in inspect.signature(DynamicLayer.crop).parameters
