@@ -30,6 +30,13 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 // The same, and the compiler knows that all lanes agree: loops over it need no provision for lanes that part.
 __device__ __forceinline__ int uniform_warp_id() { return __shfl_sync(kFullMask, threadIdx.x / kWarp, 0); }
 
+// threadIdx.x, of which the compiler forgets that: what is made of it for one loop is not kept in a register for the next.
+__device__ __forceinline__ int fresh_thread() {
+  int x = threadIdx.x;
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- 16-bit types ----
 
 __device__ __forceinline__ float to_float(float x) { return x; }

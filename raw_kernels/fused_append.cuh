@@ -1,4 +1,4 @@
-// One new token of a row, by one warp, inside fused_decode.cu: what append.cu writes for it, to the last bit.
+// One new token of a row, by one warp, inside fused_decode.cu: what append.cu writes for it, to the last bit but for the sign of a bound that is zero.
 //
 // d / 32 channels a lane, of every token of the page, so that bounds and means need no exchange between lanes, and means are added slot after slot as everywhere. The page's older keys
 // are read for them: 4 KB at P=16, d=128, which the other warps' streams hide.

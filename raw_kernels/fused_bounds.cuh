@@ -23,7 +23,7 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
 
   if (!cluster.alone()) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+    for (int i = fresh_thread(); i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
   }
   // ---- how many p keeps ----
   {
@@ -53,7 +53,7 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
 #pragma unroll 1
   for (bool first = true; __any_sync(kFullMask, lane < group && s.wanted[lane] != 0); first = false) {
     if (s.wanted[g] != 0) {
-      const float from = s.top[g] - s.base[g], per_width = 1.f / s.bin_width[g];  // a power of two
+      const float from = s.top[g] - s.base[g], per_width = inverse_power(s.bin_width[g]);
       const u32 at = smem_address(bins + g * kMassBins);
 #pragma unroll 1
       for (int chunk = first_chunk; chunk < chunks; chunk += step) {
@@ -63,7 +63,7 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float place = fmaf(-per_nat, v[i], from) * per_width;
-          add_if_less(place < 0.f ? inf() : place, kMassBins, at + low_bits(__fadd_rd(place, kMagic)) * 4, 1);
+          add_below(low_bits(__fadd_rd(place, kMagic)), kMassBins, at, 1);
         }
       }
     }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
         if (lane == 0) s.before[owned] = found.z;
         tell(s.base, static_cast<float>(kMassBins)), tell(s.bin_width, 16384.f);
       } else if (found.x < 0 || found.z == rank || fine) {
-        const u32 least = least_half(s.top[owned], per_nat, __fadd_ru(base, (found.x < 0 ? kMassBins : found.x + 1) * width));
+        const u32 least = least_half(s.top[owned], per_nat, inverse_power(per_nat), __fadd_ru(base, (found.x < 0 ? kMassBins : found.x + 1) * width));
         // A ceiling never widens what p keeps, and a floor never narrows it.
         const bool higher = half_bits_to_float(least) > half_bits_to_float(before);
         tell(s.least, higher == (static_cast<int>(s.tally[owned]) > most_tokens) ? least : before), tell(s.wanted, 0);

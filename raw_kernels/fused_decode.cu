@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
 #pragma unroll 1
-  for (int i = threadIdx.x; i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
-  if (threadIdx.x < kMaxHeads) s_top_p.counts[threadIdx.x] = s_top_p.tally[threadIdx.x] = 0;
+  for (int i = fresh_thread(); i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  if (const int i = fresh_thread(); i < kMaxHeads) s_top_p.counts[i] = s_top_p.tally[i] = 0;
   // ---- everything that can be asked for before anything is known ----
   const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
   u32 raw[D / 64];
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     return;
   }
   if (p.stagger && row >= p.stagger && row < 2 * p.stagger && Vectors && budget < real) {
-    // All rows of a wave would stream together and search together. Half of the first wave waits, and from then on one half searches while the other streams.
+    // All rows of a wave would stream together and search together. Some of the first wave wait, and from then on some search while others stream.
     const u32 wait = static_cast<u32>(static_cast<float>(real) * p.stagger_ns);
     u32 begin, now;
     asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(begin));
@@ -174,6 +174,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 #pragma unroll 1
     for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
     if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
+    if (threadIdx.x == 0) s_select.wanted = budget;
     cp_async_commit(), cp_async_wait<0>();
   }
   __syncthreads();
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
         all = join_parts<kMaxHeads>(s_blocks[0][0], blocks);
       }
       share_keys<kThreads, 4 * Tiles>(cluster, s_select, scores, p.page_share, count, real, p.group, all, p.reduce, keys);
-      entries = best_pages<kThreads>(cluster, s_select, keys, real, budget, runs, reinterpret_cast<int*>(bins), table, logical, physical, taken);
+      entries = best_pages<kThreads>(cluster, s_select, keys, real, runs, reinterpret_cast<int*>(bins), blocks > 1 ? nullptr : numbers, table, logical, physical, taken);
     }
   }
   const int per_block = (taken + blocks - 1) >> cluster.shift;
@@ -263,8 +264,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   if (p.min_tokens > 1 || p.max_tokens < taken << p.page_shift) {
     bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], s_blocks[1][0]);
   }
-  int run_begin, run_end, kept_here;
-  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, run_begin, run_end, kept_here);
+  Chunks own;
+  int kept_here;
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, runs, own, kept_here);
 
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int r = 0; r < rank; ++r) kept_before += s_totals[r];
   }
 #pragma unroll 1
-  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+  for (int chunk = own.first; chunk < own.end; chunk += own.stride) {
     u32 mine = keep[chunk];
     if (mine == 0) continue;
     const int entry = chunk * 8 >> p.page_shift, offset = chunk * 8 & (page_size - 1);  // one page has all eight
@@ -311,7 +313,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
   u16* const s_query = reinterpret_cast<u16*>(smem + layout.query);  // the codes are of no more use
 #pragma unroll 1
-  for (int i = threadIdx.x; i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+  for (int i = fresh_thread(); i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
   __syncthreads();
   float top, sum;
   float* const parts = scores;

@@ -130,23 +130,33 @@ __device__ __forceinline__ int row_of(int h, int gid, int tig) {
 // Maximum and sum of each head over the warp, to parts [head].
 template <int Tiles>
 __device__ __forceinline__ void join_lanes(float2 (&mine)[HeadScale<Tiles>::kOwned], float2* parts) {
-  const int lane = lane_id();
-#pragma unroll
-  for (int i = 0; i < HeadScale<Tiles>::kOwned; ++i) {
+  static_assert(HeadScale<Tiles>::kOwned == 2, "a half warp each");
+  const bool upper = lane_id() >= kWarp / 2;
+  const int lane = lane_id() % (kWarp / 2);
+  float2 own = upper ? mine[1] : mine[0];
+  const float2 other = upper ? mine[0] : mine[1];
+  own = join(own, make_float2(__shfl_xor_sync(kFullMask, other.x, kWarp / 2), __shfl_xor_sync(kFullMask, other.y, kWarp / 2)));
 #pragma unroll 1  // here and below: what runs once costs more to fetch than to execute
-    for (int distance = kWarp / 2; distance >= (Tiles == 1 ? 2 : 4); distance /= 2) {  // lanes of one tig have the same heads; with one column tile tig ^ 2 too
-      mine[i] = join(mine[i], make_float2(__shfl_xor_sync(kFullMask, mine[i].x, distance), __shfl_xor_sync(kFullMask, mine[i].y, distance)));
-    }
-    if (lane < (Tiles == 1 ? 2 : 4)) parts[HeadScale<Tiles>::head(i, lane)] = mine[i];
+  for (int distance = kWarp / 4; distance >= (Tiles == 1 ? 2 : 4); distance /= 2) {  // lanes of one tig have the same heads; with one column tile tig ^ 2 too
+    own = join(own, make_float2(__shfl_xor_sync(kFullMask, own.x, distance), __shfl_xor_sync(kFullMask, own.y, distance)));
   }
+  if (lane < (Tiles == 1 ? 2 : 4)) parts[HeadScale<Tiles>::head(upper, lane)] = own;
 }
-// Over `count` parts [count][kHeads], by every warp for itself; lane h gets head h % kHeads.
+// Over up to 16 parts [count][kHeads], by every warp for itself; lane h gets head h % kHeads.
 template <int kHeads>
 __device__ __forceinline__ float2 join_parts(const float2* parts, int count) {
+  constexpr int kEach = 16 * kHeads / kWarp;
   const int lane = lane_id();
-  float2 all = make_float2(kLowest, 0.f);
-#pragma unroll 1
-  for (int i = lane / kHeads; i < count; i += kWarp / kHeads) all = join(all, parts[i * kHeads + lane % kHeads]);
+  float2 part[kEach], all = make_float2(kLowest, 0.f);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * kWarp + lane;
+    part[i] = at < count * kHeads ? parts[at] : all;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) all.x = fmaxf(all.x, part[i].x);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) all.y = fmaf(part[i].y, fast_exp2((part[i].x - all.x) * kLog2e), all.y);
 #pragma unroll 1
   for (int distance = kWarp / 2; distance >= kHeads; distance /= 2) {
     all = join(all, make_float2(__shfl_xor_sync(kFullMask, all.x, distance), __shfl_xor_sync(kFullMask, all.y, distance)));
@@ -225,7 +235,9 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
                                              int seq_len, int kv_heads, int kv_head, const Use& use) {
   constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
   constexpr int kPieces = D == 256 ? 2 : 1;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
+  u32 lane = lane_id();
+  opaque(lane);  // or what is made of it is kept from the start on
+  const int gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const int page_size = 1 << page_shift, half_shift = page_shift - 4;
   const int block_bytes = (D / 2 + 4) << page_shift;
 
@@ -243,28 +255,38 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
 
   constexpr int kParams = Tiles == 1 ? 1 : 2;
   const int tiles = count << half_shift;
+  // Numbers of the pages that come next are looked up while the last ones are under way: loads whose addresses are not there yet are put behind the products of
+  // the tiles before them, and then fewer wait for memory at a time.
+  const int half_of = (warp & half_shift) << 4;  // of a page of 32, which is the same for all of a warp's tiles
+  const u8* const rows = shadow + (half_of + gid) * (D / 2) + tig * (D == 64 ? 8 : 16);
+  const int to_pairs = page_size * (D / 2) + half_of * 4 - ((half_of + gid) * (D / 2) + tig * (D == 64 ? 8 : 16));
+  u32 place[kBatch];
+  const auto look = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) place[i] = pages[min(first + i * kWarps, tiles - 1) >> half_shift] * kv_heads + kv_head;
+  };
+  if (warp < tiles) look(warp);
 #pragma unroll 1
   for (int first = warp; first < tiles; first += kWarps * kBatch) {
     uint4 x[kBatch][2][kPieces];
     u32 sz[kBatch][kParams];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      const int tile = min(first + i * kWarps, tiles - 1), begin = (tile << 4) & (page_size - 1);
-      const u8* const block = shadow + (static_cast<long long>(pages[tile >> half_shift]) * kv_heads + kv_head) * block_bytes;
+      const u8* const row = mad_wide(rows, place[i], block_bytes);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const u8* const row = block + (begin + gid + 8 * h) * (D / 2);
         if constexpr (D == 64) {
-          const uint2 v = load_fresh8(row + tig * 8);
+          const uint2 v = load_fresh8(row + h * 4 * D);
           x[i][h][0].x = v.x, x[i][h][0].y = v.y;
         } else {
 #pragma unroll
-          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + j * 64 + tig * 16);
+          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + h * 4 * D + j * 64);
         }
       }
 #pragma unroll
-      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(block + page_size * (D / 2) + (begin + row_of<Tiles>(h, gid, tig)) * 4);
+      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(row + to_pairs + row_of<Tiles>(h, gid, tig) * 4);
     }
+    look(min(first + kWarps * kBatch, tiles - 1));
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;

@@ -15,6 +15,7 @@ struct SelectScratch {
   uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block
   uint4 mine[kThreads / kWarp];
   int result[3], scan[kThreads / kWarp];
+  int wanted;  // how many are to be taken: kept here while the pages are scored, as no register is free then
 };
 
 // The sum of x over the threads before this one. `totals` has an int a warp; the caller's barrier comes before.
@@ -127,11 +128,11 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
   cluster.sync();
 }
 
-// From the keys of all `real` pages, those of the ascending list of the best `want` that fall to this block: in turn (stride = cluster size), or a run of
-// them (stride 1). `list` gets them, and `physical` their numbers by `table`. Returns how many, complete after the caller's barrier; `taken` gets the length of the whole list. `histogram` has kRadixBins ints, all 0.
+// From the keys of all `real` pages, those of the ascending list of the best `s.wanted` that fall to this block: in turn (stride = cluster size), or a run of
+// them (stride 1). `list` gets them, and `physical` their numbers by `table`, or by `numbers` where a block that is alone has them. Returns how many, complete after the caller's barrier; `taken` gets the length of the whole list. `histogram` has kRadixBins ints, all 0.
 template <int kThreads>
-__device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScratch<kThreads>& s, const u32* keys, int real, int want_at_most, bool runs, int* histogram,
-                                          const int* table, int* list, int* physical, int& taken) {
+__device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScratch<kThreads>& s, const u32* keys, int real, bool runs, int* histogram,
+                                          const int* numbers, const int* table, int* list, int* physical, int& taken) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = lane_id(), warp = uniform_warp_id();
   u32 low, high;
@@ -139,7 +140,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
     uint4 range{kNaN, 0, 0, 0};
     if (lane < (cluster.alone() ? kWarps : cluster.size)) range = s.ranges[lane];
     low = __reduce_min_sync(kFullMask, range.x), high = __reduce_max_sync(kFullMask, range.y);
-    taken = min(want_at_most, static_cast<int>(__reduce_add_sync(kFullMask, range.z)));
+    taken = min(s.wanted, static_cast<int>(__reduce_add_sync(kFullMask, range.z)));
   }
   // Keys above `threshold` are taken, and of those equal to it the first `equal`.
   u32 threshold = kForced - 1;
@@ -188,24 +189,26 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
       const uint4 a = load16(keys + i), b = load16(keys + i + 4);
       key[0] = a.x, key[1] = a.y, key[2] = a.z, key[3] = a.w, key[4] = b.x, key[5] = b.y, key[6] = b.z, key[7] = b.w;
     }
-    int counts = 0;  // above, and in the upper half equal: 4096 of either at most
+    int counts = 0;  // above, and in the upper half equal: 4096 of either at most; keys of what is in no range are below any threshold
 #pragma unroll
-    for (int j = 0; j < 8; ++j) counts += (key[j] > threshold && i + j < real) + ((equal > 0 && key[j] == threshold) << 16);
+    for (int j = 0; j < 8; ++j) counts += (key[j] > threshold) + ((equal > 0 && key[j] == threshold) << 16);
     int total;
     const int before = scan_block<kThreads>(counts, s.scan, total);
-    int above = at + (before & 0xffff), same = same_rank + (before >> 16);
+    int above = at + (before & 0xffff) - first, same = same_rank + (before >> 16);
     at += total & 0xffff, same_rank += total >> 16;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const bool is_above = key[j] > threshold && i + j < real, is_same = equal > 0 && key[j] == threshold;
-      const int rank = above + min(same, equal) - first, slot = rank >> stride_shift;
-      if ((is_above || (is_same && same < equal)) && rank >= 0 && slot < mine && slot << stride_shift == rank) {
-        list[slot] = i + j;
-        cp_async4(physical + slot, table + i + j);
-      }
+      const bool is_above = key[j] > threshold, is_same = equal > 0 && key[j] == threshold;
+      const int rank = above + min(same, equal), slot = rank >> stride_shift;  // negative ones are no slot
+      if ((is_above || (is_same && same < equal)) && static_cast<u32>(slot) < static_cast<u32>(mine) && slot << stride_shift == rank) list[slot] = i + j;
       above += is_above, same += is_same;
     }
     __syncthreads();
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < mine; i += kThreads) {
+    if (numbers) physical[i] = numbers[list[i]];
+    else cp_async4(physical + i, table + list[i]);
   }
   cp_async_commit(), cp_async_wait<0>();
   return mine;

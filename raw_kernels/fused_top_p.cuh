@@ -10,7 +10,6 @@
 
 template <int kMaxHeads>
 struct TopPScratch {
-  float origin[kMaxHeads], limit[kMaxHeads];  // of this block's histogram, in bins: where it begins, how deep it goes
   int shift[kMaxHeads];                       // from this block's bins to the cluster's
   float z[kMaxHeads];
   // In the owner: the mass still missing in the cut bin in units of its own weights, what one such unit is of the total, and the mass before.
@@ -29,12 +28,15 @@ struct TopPScratch {
   float base[kMaxHeads], bin_width[kMaxHeads];
 };
 
+// 1 / x of a power of two: a division would be 20 instructions and a call.
+__device__ __forceinline__ float inverse_power(float x) { return __int_as_float(0x7f000000 - __float_as_int(x)); }
+
 __device__ __forceinline__ float half_bits_to_float(u32 bits) { return __half2float(__ushort_as_half(static_cast<u16>(bits))); }
 
-// The smallest half x with origin - per_nat * x < edge: bins are monotonic in the logit, so a comparison of halves says who is kept.
-__device__ __forceinline__ u32 least_half(float origin, float per_nat, float edge) {
+// The smallest half x with origin - per_nat * x < edge, width = 1 / per_nat a power of two: bins are monotonic in the logit, so a comparison of halves says who is kept.
+__device__ __forceinline__ u32 least_half(float origin, float per_nat, float width, float edge) {
   const auto kept = [&](float x) { return fmaf(-per_nat, x, origin) < edge; };
-  half x = __float2half_ru(fmaxf((origin - edge) / per_nat, -65504.f));
+  half x = __float2half_ru(fmaxf((origin - edge) * width, -65504.f));
   const auto step = [](half h, bool up) {  // the neighbour; halves of one sign lie in the order of their bits
     const u16 bits = __half_as_ushort(h);
     if ((bits & 0x7fff) == 0) return __ushort_as_half(up ? 0x0001 : 0x8001);
@@ -51,10 +53,17 @@ __device__ __forceinline__ u32 least_half(float origin, float per_nat, float edg
   return __half_as_ushort(x);
 }
 
-// Add a weight to the bin at a shared address if y < depth; what is not added may have an address of nothing.
-__device__ __forceinline__ void add_if_less(float y, float depth, u32 at, u32 weight) {
-  asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, %1;\n@p red.shared.add.u32 [%2], %3;\n}" ::"f"(y), "f"(depth), "r"(at), "r"(weight) : "memory");
+// Add to one of `count` words from a shared address on, if there is one of that number.
+__device__ __forceinline__ void add_below(u32 number, u32 count, u32 at, u32 x) {
+  asm volatile("{\n.reg .pred p;\nsetp.lt.u32 p, %0, %1;\n@p red.shared.add.u32 [%2], %3;\n}" ::"r"(number), "r"(count), "r"(at + number * 4), "r"(x) : "memory");
 }
+
+// round(one * exp(-f * width)) of a place f in a bin, as `bin_weight`, with the constants folded.
+struct BinWeight {
+  float c0, c1, c2, c3;
+  __device__ __forceinline__ BinWeight(float width, float one) : c0(one + kMagic), c1(-one * width), c2(0.5f * one * width * width), c3(-one / 6.f * width * width * width) {}
+  __device__ __forceinline__ u32 operator()(float f) const { return static_cast<u32>(low_bits(fmaf(fmaf(fmaf(c3, f, c2), f, c1), f, c0))); }
+};
 
 // Fills s.least and s.mass. `logits` [group, pitch], `size` a multiple of 16 of them count; `parts` are maxima and sums of this block's warps [warps][kMaxHeads], `all_parts` has room for those of
 // every block. `bins` and `sums` have [group, kMassBins] zeros, and are one where the cluster is one block. `length` candidates a row. A warp works for head warp % group.
@@ -64,64 +73,49 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
   constexpr int kWarps = kThreads / kWarp;
   const int lane = lane_id(), warp = uniform_warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
   const int chunks = size / 8, first_chunk = nth < team ? nth * kWarp + lane : chunks, step = team * kWarp;
-  const float width = 1.f / per_nat, to_log2 = -kLog2e * width, one = static_cast<float>(1 << bits);
+  const float width = inverse_power(per_nat), to_log2 = -kLog2e * width, one = static_cast<float>(1 << bits);
 
   // ---- where this block's histogram begins ----
   const float2 here = join_parts<kMaxHeads>(parts, kWarps);  // of head lane % kMaxHeads
   const float begin = ceilf(here.x * per_nat);
   const bool some = here.x > kLowest && here.y < inf();
-  if (warp == 0 && lane < group) {
-    // Below ln(n / ((1 - p) Z)) nats everything together weighs less than (1 - p) Z and is not needed; with this block's Z, if anything, deeper. 2 % and
-    // a bin are for rounding.
-    const float depth = ceilf(fmaxf(__logf(1.02f * length / ((1.f - p) * here.y)) * per_nat, 0.f)) + 2.f;
-    s.origin[lane] = begin;
-    s.limit[lane] = some && p < 1.f ? fminf(depth, kMassBins - 1) : -inf();
-  }
+  // Below ln(n / ((1 - p) Z)) nats everything together weighs less than (1 - p) Z and is not needed; with this block's Z, if anything, deeper. 2 % and
+  // a bin are for rounding.
+  const float deep = ceilf(fmaxf(__logf(__fdividef(1.02f * length, (1.f - p) * here.y)) * per_nat, 0.f)) + 2.f;
+  const float limit = some && p < 1.f ? fminf(deep, kMassBins - 1) : -inf();
   if (!cluster.alone() && lane < group) {
 #pragma unroll 1
     for (int r = warp; r < cluster.size; r += kWarps) AnyCluster::store(AnyCluster::address(all_parts + cluster.rank * kMaxHeads + lane, r), here);
   }
   cluster.arrive();
-  __syncthreads();
 
   // Twice at most: all bins, then the bin that holds the cut, divided finer.
   const int owned = warp < group && cluster.owner(warp) == cluster.rank ? warp : -1;  // the head that this warp cuts
-  float top = 0.f, from = s.origin[g], depth = s.limit[g];
+  float top = 0.f, from = __shfl_sync(kFullMask, begin, g), depth = __shfl_sync(kFullMask, limit, g);
 #pragma unroll 1
   for (int pass = 0;; ++pass) {
     // ---- histogram ----
     if (depth > 0.f) {
-      const u32 at = smem_address(bins + g * kMassBins);
-      const half2 low = __half2half2(__float2half_rd((from - depth) * width)), high = __half2half2(__float2half_ru(from * width));
+      const float finer = pass ? kMassSubBins : 1.f, rate = per_nat * finer, origin = from * finer;
+      const u32 at = smem_address(bins + g * kMassBins), count = static_cast<u32>(depth * finer);
+      const BinWeight weight(width * inverse_power(finer), one);  // each bin below its own edge
+      const half least = __float2half_rd((from - depth) * width);
 #pragma unroll 1
       for (int chunk = first_chunk; chunk < chunks; chunk += step) {
         Chunk<half> v;
         v.load(logits + g * pitch + chunk * 8);
-        if (pass == 0) {
-          if (fmaf(-per_nat, v.max(), from) >= depth) continue;
-          // All eight at once and without a branch: chains of some 20 instructions that would wait for one another otherwise.
+        if (!__hge(v.largest(), least)) continue;
+        // All eight at once and without a branch: chains of some 20 instructions that would wait for one another otherwise. What lies above the bin that
+        // is divided has been counted, and is a number below 0.
 #pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float y = fmaf(-per_nat, v[i], from), floored = __fadd_rd(y, kMagic);
-            add_if_less(y, depth, at + low_bits(floored) * 4, bin_weight(y - (floored - kMagic), width, one));
-          }
-        } else {
-          // Few chunks have a logit in the bin; comparing halves, two at a time, says which may.
-          const auto inside = [&](u32 w) {
-            const half2 x = *reinterpret_cast<const half2*>(&w);
-            return __hge2_mask(x, low) & __hle2_mask(x, high);
-          };
-          if ((inside(v.raw.x) | inside(v.raw.y) | inside(v.raw.z) | inside(v.raw.w)) == 0) continue;
-#pragma unroll 1
-          for (int i = 0; i < 8; ++i) {
-            const float y = fmaf(-per_nat, __half2float(logits[g * pitch + chunk * 8 + i]), from);
-            if (y < depth && y >= 0.f) add_if_less(y, depth, at + low_bits(__fadd_rd(y * kMassSubBins, kMagic)) * 4, bin_weight(y, width, one));
-          }
+        for (int i = 0; i < 8; ++i) {
+          const float y = fmaf(-rate, v[i], origin), floored = __fadd_rd(y, kMagic);
+          add_below(low_bits(floored), count, at, weight(y - (floored - kMagic)));
         }
       }
     }
     if (pass == 0) {
-      cluster.wait();
+      if (!cluster.alone()) cluster.wait();
       const float2 row = cluster.alone() ? here : join_parts<kMaxHeads>(all_parts, cluster.size);
       top = ceilf(row.x * per_nat);
       if (warp == 0 && lane < group) {
@@ -137,7 +131,7 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
     // ---- everybody's bins to the owners ----
     if (!cluster.alone()) {
 #pragma unroll 1
-      for (int i = threadIdx.x * 4; i < group * kMassBins; i += kThreads * 4) {
+      for (int i = fresh_thread() * 4; i < group * kMassBins; i += kThreads * 4) {
         const uint4 four = *reinterpret_cast<const uint4*>(bins + i);
         if ((four.x | four.y | four.z | four.w) == 0) continue;
         const int head = i / kMassBins, bin = i % kMassBins + (pass ? 0 : s.shift[head]);
@@ -152,20 +146,20 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
     const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
     if (owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned])) {
       u32* const mine = sums + owned * kMassBins;
-      const float z = s.z[owned], share = fminf(p * (1.f + 1.25f / one), 1.f) * z;
-      const Cut cut = find_cut<kMassBins / kWarp>(mine, pass ? 0.f : to_log2, pass ? s.missing[owned] : share, one);
+      const float z = s.z[owned], share = fminf(p * (1.f + 1.25f * inverse_power(one)), 1.f) * z;
+      const Cut cut = find_cut<kMassBins / kWarp>(mine, pass ? to_log2 * (1.f / kMassSubBins) : to_log2, pass ? s.missing[owned] : share, one);
       float edge, mass;
       u32 refine;
       if (pass == 0) {
         const float scale = exp2f(to_log2 * cut.bin);
-        if (lane == 0) s.missing[owned] = (share - cut.before) / scale, s.unit[owned] = scale / z, s.share_before[owned] = cut.before / z;
-        edge = cut.bin + 1.f, mass = cut.mass / z, refine = cut.coarse ? cut.bin + 1 : 0;
+        if (lane == 0) s.missing[owned] = __fdividef(share - cut.before, scale), s.unit[owned] = __fdividef(scale, z), s.share_before[owned] = __fdividef(cut.before, z);
+        edge = cut.bin + 1.f, mass = __fdividef(cut.mass, z), refine = cut.coarse ? cut.bin + 1 : 0;
       } else {
         refine = s.refine[owned];
         edge = refine - 1.f + (cut.bin + 1.f) / kMassSubBins, mass = fmaf(cut.mass, s.unit[owned], s.share_before[owned]);
       }
       if (cut.bin >= 0) {
-        const u32 least = least_half(own_top, per_nat, edge);
+        const u32 least = least_half(own_top, per_nat, width, edge);
         __syncwarp();  // every lane has read s.refine
         if (lane < cluster.size) {
           AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);
@@ -175,30 +169,37 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       }
       __syncwarp();  // ... and its bins
 #pragma unroll 1
-      for (int i = lane; i < kMassBins; i += kWarp) mine[i] = 0;
+      for (int i = lane; i < kMassBins / 4; i += kWarp) reinterpret_cast<uint4*>(mine)[i] = uint4{0, 0, 0, 0};
     }
     cluster.sync();
     const u32 mine = lane < group ? s.refine[lane] : 0;
     if (pass == 1 || !__any_sync(kFullMask, mine != 0)) return;
     if (!cluster.alone()) {  // alone, the owner has emptied them
 #pragma unroll 1
-      for (int i = threadIdx.x; i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+      for (int i = fresh_thread(); i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
       __syncthreads();
     }
     from += s.shift[g] - (s.refine[g] - 1.f), depth = s.refine[g] ? 1.f : 0.f;
   }
 }
 
-// The union of who is kept, a byte a chunk of 8 candidates in `keep`, and s.counts of this block added up in block 0. Returns the kept before this thread's run of chunks inside the block; `total`
-// gets all of them.
+// Chunks of 8 candidates that a thread takes.
+struct Chunks {
+  int first, end, stride;
+};
+
+// The union of who is kept, a byte a chunk of 8 candidates in `keep`, and s.counts of this block added up in block 0. Returns the kept in chunks of the threads before this one inside the block; `total`
+// gets all of them. In order (`runs`) a thread has neighbours; else a warp has, which spares it conflicts of banks.
 template <int kThreads, int kMaxHeads, int kHeads>
 __device__ __forceinline__ int mark_kept(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int group, unsigned char* keep,
-                                         int* scan, int& run_begin, int& run_end, int& total) {
+                                         int* scan, bool runs, Chunks& own, int& total) {
   const int chunks = size / 8, run = ceil_div(chunks, kThreads);
-  run_begin = min(static_cast<int>(threadIdx.x) * run, chunks), run_end = min(run_begin + run, chunks);
+  own.stride = runs ? 1 : kWarp;
+  own.first = runs ? static_cast<int>(threadIdx.x) * run : uniform_warp_id() * kWarp * run + lane_id();
+  own.end = min(own.first + run * own.stride, chunks);
   int kept_here = 0, counts[kHeads] = {};
 #pragma unroll 2
-  for (int chunk = run_begin; chunk < run_end; ++chunk) {
+  for (int chunk = own.first; chunk < own.end; chunk += own.stride) {
     u32 any = 0;
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {

@@ -23,11 +23,18 @@ struct Chunk<half> {
     const float2 pair = unpack2<half>(word);
     return i % 2 ? pair.y : pair.x;
   }
-  __device__ float max() const {
+  __device__ half2 largest_two() const {
     half2 m[4];
     *reinterpret_cast<uint4*>(m) = raw;
-    const half2 best = __hmax2_nan(__hmax2_nan(m[0], m[1]), __hmax2_nan(m[2], m[3]));
+    return __hmax2_nan(__hmax2_nan(m[0], m[1]), __hmax2_nan(m[2], m[3]));
+  }
+  __device__ float max() const {
+    const half2 best = largest_two();
     return max_nan(__low2float(best), __high2float(best));
+  }
+  __device__ half largest() const {
+    const half2 best = largest_two();
+    return __hmax_nan(__low2half(best), __high2half(best));
   }
   __device__ void load(const half* p) { raw = load16(p); }
   __device__ void load_some(const half* p, int count) {

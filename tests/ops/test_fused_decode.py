@@ -203,6 +203,23 @@ def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, tail)
     assert (plan.cluster, plan.warps) == (cluster, warps)
 
 
+@pytest.mark.parametrize(
+    "batch,length,late,ns",
+    [
+        (1, 32768, 0, 0),
+        (8, 32768, 0, 0),
+        (16, 32768, 42, 3),
+        (32, 32768, 132, 9.5),
+        (64, 32768, 132, 9.5),
+        (32, 131072, 0, 0),
+    ],
+)
+def test_rows_begin_late_as_an_h200_liked_it_best(batch, length, late, ns):
+    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, False, **H200)
+    got = fused._late(plan, batch * 8, 128, 2, H200["num_sms"])
+    assert got == (late, pytest.approx(ns, abs=0.1))
+
+
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 @pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])

@@ -333,6 +333,21 @@ def _cut(
     return best
 
 
+def _late(plan: _Plan, rows: int, dim: int, vectors: int, num_sms: int) -> tuple[int, float]:
+    """Return how many rows begin late, after as many that do not, and by how many ns for each page.
+
+    All rows of a wave would stream together and search together. With two blocks a multiprocessor its second one waits
+    for as long as the first one reads pages: 2 % at b=64, 32k. Where each row has a multiprocessor and nearly all have
+    one, a third of them waits for 3 ns a page: 3 % at b=16, 32k (70.7 to 68.6 us); half of the rows, or half that
+    number, gain less, and so does a longer wait.
+    """
+    if plan.cluster > 1 or dim == 256 or not vectors:
+        return 0, 0.0
+    if plan.warps == 8:
+        return (num_sms, vectors * dim / 30 + 1) if rows > num_sms else (0, 0.0)
+    return (rows // 3, vectors * dim / 85) if 0.9 * num_sms <= rows <= num_sms else (0, 0.0)
+
+
 _FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
 """Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
 _BARRIERS = {1: 0.6, 2: 1.2, 4: 2.4, 8: 4.8, 16: 18.0}
@@ -398,8 +413,7 @@ def _cuda(
     if new is not None:
         added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
     kernel = _kernel(dim, group, count, plan.warps, index)
-    sms = kernels.num_sms(index)
-    staggered = plan.cluster == 1 and plan.warps == 8 and dim < 256 and rows > sms
+    late, late_ns = _late(plan, rows, dim, count, kernels.num_sms(index))
     most = _NO_LIMIT if rule.max_tokens is None else min(rule.max_tokens, _NO_LIMIT)
     params = FusedDecodeParams(
         *((part.data_ptr() for part in added) if added else (None, None, None)),
@@ -413,7 +427,7 @@ def _cuda(
         None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, sms if staggered else 0, count * dim / 30 + 1,
+        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, late, late_ns,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
     pages = Selection(candidates, candidate_lengths, page_size)
