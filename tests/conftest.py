@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ hypothesis.settings.load_profile("repeatable")
 @pytest.fixture(scope="session", autouse=True)
 def _threads() -> None:
     # Small tensors: more threads only wait for each other, and for whoever else uses the machine.
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
