@@ -5,8 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 # Releases of transformers, beside the one in constraints.txt, that `make compat` runs the integration's tests on.
 COMPAT ?= 4.57.6
-JOBS ?= auto
 COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
+
+# Tests at a time, one for each core but 8 at most, which share a GPU; 0 runs them in one process.
+JOBS ?= auto
 
 # The extra that brings CuPy and NVRTC, with which kernels are compiled without a GPU. macOS has neither.
 CUDA ?= $(if $(filter Darwin,$(shell uname)),,cuda13)
@@ -39,8 +41,8 @@ format: $(STAMP)  ## let ruff repair what it can
 types: $(STAMP)  ## mypy
 	$(BIN)/mypy
 
-pytest: $(STAMP)  ## the tests, as many at a time as there are cores; JOBS=1
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+pytest: $(STAMP)  ## the tests, JOBS at a time
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 compat: $(COMPAT:%=compat-%)  ## the integration's tests on the releases in COMPAT='4.57.6 5.16.1'
 

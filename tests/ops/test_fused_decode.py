@@ -184,40 +184,24 @@ H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_clu
 
 
 @pytest.mark.parametrize(
-    "batch,length,cluster,warps",
+    "batch,length,cluster,warps,late,ns",
     [
-        (1, 8192, 4, 8),
-        (1, 32768, 8, 8),
-        (1, 131072, 8, 16),
-        (8, 32768, 2, 16),
-        (16, 32768, 1, 16),
-        (32, 32768, 1, 8),
-        (64, 32768, 1, 8),
-        (32, 131072, 2, 16),
+        (1, 8192, 4, 8, 0, 0),
+        (1, 32768, 8, 8, 0, 0),
+        (1, 131072, 8, 16, 0, 0),
+        (8, 32768, 2, 16, 0, 0),
+        (16, 32768, 1, 16, 42, 3),
+        (32, 32768, 1, 8, 132, 9.5),
+        (64, 32768, 1, 8, 132, 9.5),
+        (32, 131072, 2, 16, 0, 0),
     ],
 )
 @pytest.mark.parametrize("tail", [False, True])
-def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, tail):
-    # Measured: each against its neighbours.
+def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, late, ns, tail):
+    # Measured: each against its neighbours; how many rows begin late, and by how much a page.
     plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, tail, **H200)
     assert (plan.cluster, plan.warps) == (cluster, warps)
-
-
-@pytest.mark.parametrize(
-    "batch,length,late,ns",
-    [
-        (1, 32768, 0, 0),
-        (8, 32768, 0, 0),
-        (16, 32768, 42, 3),
-        (32, 32768, 132, 9.5),
-        (64, 32768, 132, 9.5),
-        (32, 131072, 0, 0),
-    ],
-)
-def test_rows_begin_late_as_an_h200_liked_it_best(batch, length, late, ns):
-    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, False, **H200)
-    got = fused._late(plan, batch * 8, 128, 2, H200["num_sms"])
-    assert got == (late, pytest.approx(ns, abs=0.1))
+    assert fused._late(plan, batch * 8, 128, 2, H200["num_sms"]) == (late, pytest.approx(ns, abs=0.1))
 
 
 @pytest.mark.parametrize("tail", [False, True])
