@@ -37,8 +37,11 @@ def declared(name: str) -> list[tuple[str, str, int]]:
 
 
 def mirrored(struct: type[ctypes.Structure]) -> list[tuple[str, type, int]]:
-    members = []
+    members: list[tuple[str, type, int]] = []
     for name, kind in struct._fields_:
+        if issubclass(kind, ctypes.Structure):
+            members += mirrored(kind)
+            continue
         array = getattr(kind, "_type_", None) if issubclass(kind, ctypes.Array) else None
         members.append((name, array or kind, kind._length_ if array else 1))
     return members
