@@ -4,7 +4,9 @@
     twilight bench model --batches 1 --length 128k
 
 The step is embedding, 32 times (norm, q/k/v, rotary, append, attention, output, norm, MLP), norm, logits and argmax,
-whose token the next step begins with. All ways to attend share the weights and the memory of the cache.
+whose token the next step begins with. All ways to attend share the weights and the memory of the cache. On a GPU
+torch.compile makes one kernel each of residual and norm, rotary, and the MLP's gate, as serving engines have them;
+`--plain` leaves them to torch's own, five launches a layer more.
 
 The cache is filled by the workload of `twilight bench`, so that budgets differ by head as in it. Queries of a random
 model do not match such keys: attention would be flat, and every budget large. So the projections run, and then
@@ -267,7 +269,7 @@ def run_model(cell: ModelCell, model: Llama, options: argparse.Namespace, device
     bench = Bench(model, work, static, torch.randint(shape.vocab, (cell.batch,), device=device))
     result: dict[str, Any] = cell.identity(options.p) | {
         "layers": shape.layers, "start": start, "dtype": str(dtype).removeprefix("torch."),
-        "repeats": options.repeats, "fill_s": work.seconds,
+        "repeats": options.repeats, "compiled": options.compiled, "fill_s": work.seconds,
     }  # fmt: skip
     result["budgets"], result["check"] = check_budgets(bench, quest, options.p)
     with torch.inference_mode():
@@ -313,9 +315,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16], help="batch sizes (default 1 16)")
     parser.add_argument("--length", help="tokens in the cache (default 32k; 512 on a CPU)")
     parser.add_argument("--repeats", type=int, default=20, help="steps that are timed, at most 50 (default 20)")
+    parser.add_argument("--plain", action="store_true", help="no torch.compile of what lies between the products")
     add_common(parser)
     args = parser.parse_args(list(words))
     cpu = args.device == "cpu"
+    args.compiled = not (cpu or args.plain)
     args.shape = args.shape or ("tiny" if cpu else "llama-3.1-8b")
     args.length = parse_length(args.length or ("512" if cpu else "32k"))
     if args.repeats > SPARE - 4:
@@ -341,7 +345,7 @@ def main(words: Sequence[str], say: Callable[[str], None] = lambda line: print(l
         if not model:  # nothing to load if all cells are there already
             torch.manual_seed(0)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            model.append(Llama(shape, args.length + 1, device, dtype).requires_grad_(False))
+            model.append(Llama(shape, args.length + 1, device, dtype, compiled=args.compiled).requires_grad_(False))
         return run_model(cell, model[0], args, device, deadline, say)
 
     def fits(cell: ModelCell) -> bool:

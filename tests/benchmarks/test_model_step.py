@@ -67,7 +67,9 @@ def test_a_block_is_attention_and_mlp_with_residuals():
         seen[index] = (q, k, v)
         return q
 
-    out = block(x, model.rotation[torch.tensor([0, 0])].unsqueeze(1), attend, 7)
+    before = torch.randn(2, TINY.hidden)
+    rest, delta = block(before, x - before, model.rotation[torch.tensor([0, 0])].unsqueeze(1), attend, 7)
+    out = rest + delta
 
     def norm(y):
         return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt()
