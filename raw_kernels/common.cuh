@@ -25,17 +25,17 @@ __host__ __device__ constexpr auto ceil_div(A a, B b) {
   return (a + b - 1) / b;
 }
 
-__device__ __forceinline__ int lane_id() { return threadIdx.x & (kWarp - 1); }
-__device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
-// The same, and the compiler knows that all lanes agree: loops over it need no provision for lanes that part.
-__device__ __forceinline__ int uniform_warp_id() { return __shfl_sync(kFullMask, threadIdx.x / kWarp, 0); }
-
-// threadIdx.x, of which the compiler forgets that: what is made of it for one loop is not kept in a register for the next.
-__device__ __forceinline__ int fresh_thread() {
-  int x = threadIdx.x;
+// x, of which the compiler forgets where it came from: what is made of it here is not kept in a register from an earlier place on.
+__device__ __forceinline__ int fresh(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
+__device__ __forceinline__ int fresh_thread() { return fresh(threadIdx.x); }
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x & (kWarp - 1); }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
+// The same, and the compiler knows that all lanes agree: loops over it need no provision for lanes that part.
+__device__ __forceinline__ int uniform_warp_id() { return __shfl_sync(kFullMask, fresh_thread() / kWarp, 0); }
 
 // ---- 16-bit types ----
 

@@ -23,6 +23,18 @@
 #include "fused_select.cuh"
 #include "fused_top_p.cuh"
 
+// Where things lie in dynamic shared memory, as `fused_decode.py` lays them out. Two blocks should leave 60 of a multiprocessor's 256 KB to its L1, where loads
+// under way have their places: with 28 KB the streams run at 60 % of their speed.
+struct Layout {
+  int numbers;        // behind the scores of pages (float): numbers of this block's pages
+  int keys;           // then the keys of all (u32)
+  int list;           // this block's candidates: logical and physical numbers
+  int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
+  int bins;           // histograms; after them the mass that each page has lost (float)
+  int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
+  int parts;          // of all blocks: maxima and sums of the heads, twice, and how many tokens are kept
+};
+
 struct FusedDecodeParams {
   NewTokens fresh;           // counted in seq_lens
   const void* q;             // [b, Hq, d] half or bf16
@@ -61,12 +73,12 @@ struct FusedDecodeParams {
   int entry_share;           // candidate pages of a block at most
   int min_tokens;            // that a query head keeps at least, and at most
   int max_tokens;
+  Layout at;
   int stagger;               // rows that begin late, from this one on and as many; or 0
   float stagger_ns;          // how late, for each page
 };
 CHECK_PARAMS(FusedDecodeParams);
 
-constexpr int kMaxHeads = 8;
 // Tiles of 16 tokens that a warp has under way: as many as 128 registers a thread hold.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kTwoTiles = 1;  // 2 would spill there
@@ -74,61 +86,38 @@ constexpr int kTwoTiles = 1;  // 2 would spill there
 constexpr int kTwoTiles = 2;
 #endif
 template <int D, int Tiles>
-constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 4 : kTwoTiles;
-
-// Where things lie in dynamic shared memory; `fused_decode.py` adds up the same. Two blocks should leave 60 of a multiprocessor's 256 KB to its L1, where loads
-// under way have their places: with 28 KB the streams run at 60 % of their speed.
-struct Layout {
-  int numbers, keys;  // behind the scores of pages (float): numbers of this block's pages, keys of all (u32)
-  int list;           // this block's candidates: logical and physical numbers
-  int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
-  int bins;           // histograms; after them the mass that each page has lost (float)
-  int query;          // the query's codes, then the query itself
-  int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
-
-  __device__ Layout(const FusedDecodeParams& p, int dim, int vectors, int warps, int blocks) {
-    const int tokens = p.entry_share << p.page_shift;
-    numbers = 4 * p.group * p.page_share, keys = numbers + 4 * p.page_share;
-    int size = 2 * p.group * tokens;
-    if (vectors) size = max(size, keys + 4 * p.page_share * blocks);
-    size = max(max(size, 4 * tokens), 4 * warps * p.group * dim);
-    list = size, keep = list + ceil_div(8 * p.entry_share, 16) * 16, bins = keep + ceil_div(tokens / 8, 16) * 16;
-    query = bins + bin_bytes(p, blocks), results = query + 6 * p.group * dim;
-  }
-  __device__ static int bin_bytes(const FusedDecodeParams& p, int blocks) {
-    const int bins = max(kRadixBins, kMassBins * p.group * (blocks > 1 ? 2 : 1));
-    return p.value_codes ? ceil_div(max(bins, p.group * p.entry_share), 4) * 16 : bins * 4;
-  }
-};
+constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 2 * kTwoTiles : kTwoTiles;
 
 // 16 warps a block where there is one block a multiprocessor, else 8.
 template <int D, int Tiles, int Vectors, int kWarps>
 __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
-  constexpr int kThreads = kWarps * kWarp;
+  constexpr int kThreads = kWarps * kWarp, kMaxHeads = 4 * Tiles;
   extern __shared__ __align__(16) unsigned char smem[];
+  __shared__ __align__(16) u8 s_query[24 * Tiles * D];  // its codes, then the query itself; at a place that no register has to hold
   __shared__ SelectScratch<kThreads> s_select;
   __shared__ TopPScratch<kMaxHeads> s_top_p;
-  __shared__ float2 s_warps[kWarps][kMaxHeads], s_blocks[2][kMaxCluster][kMaxHeads];
+  __shared__ __align__(16) float2 s_warps[kWarps][kMaxHeads];
   __shared__ float s_step[kMaxHeads], s_sum[kMaxHeads];
-  __shared__ int s_scan[kWarps], s_totals[kMaxCluster];
   const AnyCluster cluster;
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
   const int lane = lane_id(), warp = uniform_warp_id();
   const int page_size = 1 << p.page_shift, first_head = row * p.group;
-  const Layout layout(p, D, Vectors, kWarps, blocks);
   float* const scores = reinterpret_cast<float*>(smem);
   half* const logits = reinterpret_cast<half*>(smem);
-  u32* const keys = reinterpret_cast<u32*>(smem + layout.keys);
-  unsigned char* const keep = smem + layout.keep;
-  int* const numbers = reinterpret_cast<int*>(smem + layout.numbers);
-  int* const logical = reinterpret_cast<int*>(smem + layout.list);
+  u32* const keys = reinterpret_cast<u32*>(smem + p.at.keys);
+  unsigned char* const keep = smem + p.at.keep;
+  int* const numbers = reinterpret_cast<int*>(smem + p.at.numbers);
+  int* const logical = reinterpret_cast<int*>(smem + p.at.list);
   int* const physical = logical + p.entry_share;
-  u32* const bins = reinterpret_cast<u32*>(smem + layout.bins);
+  u32* const bins = reinterpret_cast<u32*>(smem + p.at.bins);
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
+  // [blocks][kMaxHeads], two of them, and [blocks].
+  const auto parts = [&](int nth) { return reinterpret_cast<float2*>(smem + p.at.parts) + nth * blocks * kMaxHeads; };
+  const auto totals = [&] { return reinterpret_cast<int*>(parts(2)); };
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
 #pragma unroll 1
-  for (int i = fresh_thread(); i < Layout::bin_bytes(p, blocks) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  for (int i = fresh_thread(); i < (p.at.results - p.at.bins) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
   if (const int i = fresh_thread(); i < kMaxHeads) s_top_p.counts[i] = s_top_p.tally[i] = 0;
   // ---- everything that can be asked for before anything is known ----
   const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
@@ -161,26 +150,28 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       asm volatile("mov.u32 %0, %%globaltimer_lo;" : "=r"(now));
     } while (now - begin < wait);
   }
-  const QueryCodes query{smem + layout.query, s_step, s_sum, p.group};
+  const QueryCodes query{s_query, s_step, s_sum, p.group};
   query.quantize<D>(raw, p.q_is_bf16);
 
   // ---- the new token ----
-  int taken = min(real, budget), entries, count = 0;
+  int taken, entries, count = 0;
   const int tiles = ceil_div(real, kTile);
   const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
-  const bool chosen = Vectors != 0 && budget < real;
-  if (chosen) {
+  if (threadIdx.x == 0) s_select.wanted = min(real, budget);
+  if (Vectors && budget < real) {
     count = cluster.share(tiles) * kTile - (last_here ? tiles * kTile - real : 0);
 #pragma unroll 1
     for (int i = threadIdx.x + kThreads; i < count; i += kThreads) cp_async4(numbers + i, table + global_page(cluster, i));
     if (threadIdx.x < count) numbers[threadIdx.x] = guessed;
-    if (threadIdx.x == 0) s_select.wanted = budget;
     cp_async_commit(), cp_async_wait<0>();
   }
   __syncthreads();
+  // Looked up each time, as no register is free while pages are scored.
+  const auto wanted = [&] { return *static_cast<const volatile int*>(&s_select.wanted); };
+  const auto chosen = [&] { return Vectors != 0 && wanted() < real; };
   // By the warp that scores the last tile: nobody else waits.
   if (last_here && warp == (cluster.place(tiles - 1) & (kWarps - 1)) && p.fresh.k != nullptr && p.fresh.counts[batch] != 0) {
-    const long long place = static_cast<long long>(chosen ? numbers[count - 1] : table[real - 1]) * p.kv_heads + kv_head;
+    const long long place = static_cast<long long>(chosen() ? numbers[count - 1] : table[real - 1]) * p.kv_heads + kv_head;
     const int channel = lane * (D / kWarp);
     const long long first = (place << p.page_shift) * D + channel;
     const u16* const k = static_cast<const u16*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1] + channel;
@@ -197,7 +188,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   // ---- which pages ----
   constexpr int kOwned = HeadScale<Tiles>::kOwned;
   if constexpr (Vectors != 0) {
-    if (chosen) {
+    if (chosen()) {
       float2 state[kOwned];
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
@@ -207,25 +198,27 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
           include(state[nth], score);
         });
       }
-      join_lanes<Tiles>(state, s_warps[warp]);
+      join_lanes<Tiles>(state, s_warps[uniform_warp_id()]);
       __syncthreads();
       float2 all = join_parts<kMaxHeads>(s_warps[0], kWarps);
       if (blocks > 1) {
         cluster.wait();
 #pragma unroll 1
-        for (int r = warp; r < blocks; r += kWarps) {
-          if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + lane, r), all);
+        for (int r = uniform_warp_id(); r < blocks; r += kWarps) {
+          if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(parts(0) + rank * kMaxHeads + lane, r), all);
         }
         cluster.sync();
-        all = join_parts<kMaxHeads>(s_blocks[0][0], blocks);
+        all = join_parts<kMaxHeads>(parts(0), blocks);
       }
-      share_keys<kThreads, 4 * Tiles>(cluster, s_select, scores, p.page_share, count, real, p.group, all, p.reduce, keys);
+      share_keys<kThreads, 4 * Tiles>(cluster, s_select, reinterpret_cast<uint4*>(s_warps), scores, p.page_share, count, real, p.group, all, p.reduce, keys);
       entries = best_pages<kThreads>(cluster, s_select, keys, real, runs, reinterpret_cast<int*>(bins), blocks > 1 ? nullptr : numbers, table, logical, physical, taken);
     }
   }
+  const bool all_pages = !chosen();
+  if (all_pages) taken = wanted();
   const int per_block = (taken + blocks - 1) >> cluster.shift;
   const int before = rank * per_block;  // with runs, the entries of the blocks before
-  if (!chosen) {                        // all of them, or the first ones for a budget that no selector filled
+  if (all_pages) {                      // all of them, or the first ones for a budget that no selector filled
     if (blocks > 1) cluster.wait();
     entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
 #pragma unroll 1
@@ -255,25 +248,31 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
                                                      if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
                                                      include(state[nth], to_float(rounded));
                                                    });
-    join_lanes<Tiles>(state, s_warps[warp]);
+    join_lanes<Tiles>(state, s_warps[uniform_warp_id()]);
   }
   __syncthreads();
 
   // ---- top-p ----
-  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], s_blocks[1][0], bins, sums);
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums);
   if (p.min_tokens > 1 || p.max_tokens < taken << p.page_shift) {
-    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], s_blocks[1][0]);
+    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1));
   }
   Chunks own;
   int kept_here;
-  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_scan, runs, own, kept_here);
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_select.scan, runs, own, kept_here);
 
+  // Made anew: attention has no register to keep it in.
+  const auto head_again = [&] {
+    u32 y;
+    asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
+    return static_cast<int>(y) * p.group;
+  };
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
   if (p.value_codes) {
     tail.codes = p.value_codes + kv_head * D, tail.params = p.value_params + kv_head, tail.count = entries;
     weigh_pruned<kThreads, kMaxHeads>(s_top_p, logits, pitch, entries, p.page_shift, p.group, keep, reinterpret_cast<float*>(bins),
-                                      p.tail ? p.tail + static_cast<size_t>(first_head) * p.capacity + before : nullptr, p.capacity);
+                                      p.tail ? p.tail + static_cast<size_t>(head_again()) * p.capacity + before : nullptr, p.capacity);
     __syncthreads();
   }
 
@@ -283,10 +282,10 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   int kept_before = 0;
   if (runs) {
     kept = p.kept + (static_cast<long long>(row) * p.capacity << p.page_shift);
-    if (threadIdx.x < blocks) AnyCluster::store(AnyCluster::address(s_totals + rank, threadIdx.x), static_cast<u32>(kept_here));
+    if (threadIdx.x < blocks) AnyCluster::store(AnyCluster::address(totals() + rank, threadIdx.x), static_cast<u32>(kept_here));
     cluster.sync();
 #pragma unroll 1
-    for (int r = 0; r < rank; ++r) kept_before += s_totals[r];
+    for (int r = 0; r < rank; ++r) kept_before += totals()[r];
   }
 #pragma unroll 1
   for (int chunk = own.first; chunk < own.end; chunk += own.stride) {
@@ -303,40 +302,42 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   }
   const auto report = [&] {  // by block 0, once it has everybody's counts
     if (rank != 0) return;
-    if (threadIdx.x < p.group) p.per_query_head[first_head + threadIdx.x] = s_top_p.counts[threadIdx.x], p.mass[first_head + threadIdx.x] = __uint_as_float(s_top_p.mass[threadIdx.x]);
-    if (warp == 0) {
-      const int total = __reduce_add_sync(kFullMask, lane < blocks ? s_totals[lane] : 0);
+    if (const int i = fresh_thread(); i < p.group) {
+      p.per_query_head[head_again() + i] = s_top_p.counts[i], p.mass[head_again() + i] = __uint_as_float(s_top_p.mass[i]);
+    }
+    if (uniform_warp_id() == 0) {
+      const int total = __reduce_add_sync(kFullMask, lane < blocks ? totals()[lane] : 0);
       if (lane == 0) p.kept_lengths[row] = total;
     }
   };
   // ---- attention over this block's tokens ----
-  if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(s_totals + rank, 0), static_cast<u32>(kept_here));
-  u16* const s_query = reinterpret_cast<u16*>(smem + layout.query);  // the codes are of no more use
+  if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(totals() + rank, 0), static_cast<u32>(kept_here));
+  u16* const plain_query = reinterpret_cast<u16*>(s_query);  // the codes are of no more use
 #pragma unroll 1
-  for (int i = fresh_thread(); i < p.group * D / 8; i += kThreads) store16(s_query + i * 8, load16(q + i * 8));
+  for (int i = fresh_thread(); i < p.group * D / 8; i += kThreads) store16(plain_query + i * 8, load16(static_cast<const u16*>(p.q) + static_cast<long long>(head_again()) * D + i * 8));
   __syncthreads();
   float top, sum;
-  float* const parts = scores;
+  float* const outputs = scores;
   const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
     using T = decltype(type);
-    attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(s_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
-                              p.sm_scale * kLog2e, tail, parts, top, sum);
+    attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(plain_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
+                              p.sm_scale * kLog2e, tail, outputs, top, sum);
   };
   if (p.q_is_bf16) attend(bf16());
   else attend(half());
-  if (lane % 4 == 0) s_warps[warp][lane / 4] = make_float2(top, sum);
+  if (lane % 4 == 0 && lane < 4 * kMaxHeads) s_warps[fresh_thread() / kWarp][lane / 4] = make_float2(top, sum);
   __syncthreads();
 
   // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
   const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
-  float4* const received = reinterpret_cast<float4*>(smem + layout.results);  // [blocks][each]
+  float4* const received = reinterpret_cast<float4*>(smem + p.at.results);  // [blocks][each]
   const auto finish = [&](int e, float4 x, float2 joint) {
-    const int head = e / (D / 4), d = e % (D / 4) * 4;
+    const int head = head_again() + e / (D / 4), d = e % (D / 4) * 4;
     const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
     x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
-    *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + static_cast<long long>(first_head + head) * D + d) =
+    *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + static_cast<long long>(head) * D + d) =
         p.q_is_bf16 ? make_uint2(pack2<bf16>(x.x, x.y), pack2<bf16>(x.z, x.w)) : make_uint2(pack2<half>(x.x, x.y), pack2<half>(x.z, x.w));
-    if (d == 0) p.lse[first_head + head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
+    if (d == 0) p.lse[head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
   };
 #pragma unroll 1
   for (int e = threadIdx.x; e < all; e += kThreads) {
@@ -348,7 +349,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
       const float factor = fast_exp2(state[w].x - finite_top(joint.x));
-      const float4 y = *reinterpret_cast<const float4*>(parts + w * p.group * D + e * 4);
+      const float4 y = *reinterpret_cast<const float4*>(outputs + w * p.group * D + e * 4);
       joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
     }
     if (cluster.alone()) {
@@ -356,7 +357,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     } else {
       const int to = cluster.owner(e);
       AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
-      if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(s_blocks[0][rank] + head, to), joint);
+      if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(parts(0) + rank * kMaxHeads + head, to), joint);
     }
   }
   cluster.sync();
@@ -364,11 +365,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   if (cluster.alone()) return;
   // A half warp joins one float4, a lane a block.
 #pragma unroll 1
-  for (int pair = warp * 2; pair < each; pair += kWarps * 2) {
+  for (int pair = uniform_warp_id() * 2; pair < each; pair += kWarps * 2) {
     const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
     float2 joint = make_float2(-inf(), 0.f);
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (r < blocks) joint = s_blocks[0][r][e / (D / 4)], x = received[r * each + cluster.place(e)];
+    if (r < blocks) joint = parts(0)[r * kMaxHeads + e / (D / 4)], x = received[r * each + cluster.place(e)];
     const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
     x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
     x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);

@@ -3,7 +3,7 @@
 // Both are u8 x s8 products on m16n8k32 tiles: 16 pages or tokens are the rows, query heads the columns, and where they leave columns
 // free, the 8-bit residuals of the same heads (see spgemv.cu: 16 bits of the query survive). k may be permuted as long as both sides agree, so
 // that lane (gid, tig) loads whole 16-byte pieces of rows gid and gid + 8 straight into its fragments: no shared memory, no shuffles, and
-// every warp has 8 KB of such loads under way.
+// every warp has 8 KB of page vectors or 4 KB of 4-bit keys under way.
 #pragma once
 
 #include "mma.cuh"
@@ -173,7 +173,7 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
   constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
   constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 4 ? 2 : 3;  // tiles under way: what the registers hold
   constexpr int kHeads = 4 * Tiles;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
+  const int lane = fresh(lane_id()), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
 
   uint4 b[Tiles][kPieces];
 #pragma unroll
@@ -235,8 +235,7 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
                                              int seq_len, int kv_heads, int kv_head, const Use& use) {
   constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
   constexpr int kPieces = D == 256 ? 2 : 1;
-  u32 lane = lane_id();
-  opaque(lane);  // or what is made of it is kept from the start on
+  const int lane = fresh(lane_id());  // or what is made of it is kept from the start on
   const int gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const int page_size = 1 << page_shift, half_shift = page_shift - 4;
   const int block_bytes = (D / 2 + 4) << page_shift;

@@ -13,7 +13,6 @@ constexpr int kMaxCluster = 16;
 template <int kThreads>
 struct SelectScratch {
   uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block
-  uint4 mine[kThreads / kWarp];
   int result[3], scan[kThreads / kWarp];
   int wanted;  // how many are to be taken: kept here while the pages are scored, as no register is free then
 };
@@ -69,10 +68,10 @@ __device__ __forceinline__ void find_rank(int* histogram, int want, int* totals,
 __device__ __forceinline__ int global_page(const AnyCluster& cluster, int i) { return cluster.nth(i / kTile) * kTile + i % kTile; }
 
 // Scores [group, pitch] of this block's `count` pages to keys [pages of the row] in every block, with the log of the sum of exponentials of head h in lane h of every warp: the
-// sum over heads of their softmaxes (reduce 0), the sum of scores (1) or the largest (2).
+// sum over heads of their softmaxes (reduce 0), the sum of scores (1) or the largest (2). `of_warps` has room for a uint4 of each.
 template <int kThreads, int kHeads>
-__device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScratch<kThreads>& s, const float* scores, int pitch, int count, int real, int group, float2 state,
-                                           int reduce, u32* keys) {
+__device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScratch<kThreads>& s, uint4* of_warps, const float* scores, int pitch, int count, int real, int group,
+                                           float2 state, int reduce, u32* keys) {
   float base[kHeads];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) base[g] = __shfl_sync(kFullMask, state.x * kLog2e + __log2f(state.y), g);
@@ -110,14 +109,14 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
     keys[page] = key;
   }
   low = __reduce_min_sync(kFullMask, low), high = __reduce_max_sync(kFullMask, high), there = __reduce_add_sync(kFullMask, there);
-  uint4* const ranges = cluster.alone() ? s.ranges : s.mine;
+  uint4* const ranges = cluster.alone() ? s.ranges : of_warps;
   if (lane_id() == 0) ranges[warp_id()] = uint4{low, high, static_cast<u32>(there), 0};
   __syncthreads();
   if (cluster.alone()) return;
   if (threadIdx.x < cluster.size) {
     uint4 all{kNaN, 0, 0, 0};
 #pragma unroll
-    for (int w = 0; w < kThreads / kWarp; ++w) all.x = min(all.x, s.mine[w].x), all.y = max(all.y, s.mine[w].y), all.z += s.mine[w].z;
+    for (int w = 0; w < kThreads / kWarp; ++w) all.x = min(all.x, of_warps[w].x), all.y = max(all.y, of_warps[w].y), all.z += of_warps[w].z;
     AnyCluster::store(AnyCluster::address(s.ranges + cluster.rank, threadIdx.x), all);
   }
 #pragma unroll 1
@@ -189,7 +188,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
       const uint4 a = load16(keys + i), b = load16(keys + i + 4);
       key[0] = a.x, key[1] = a.y, key[2] = a.z, key[3] = a.w, key[4] = b.x, key[5] = b.y, key[6] = b.z, key[7] = b.w;
     }
-    int counts = 0;  // above, and in the upper half equal: 4096 of either at most; keys of what is in no range are below any threshold
+    int counts = 0;  // above, and in the upper half equal: 4096 of either at most; keys of what is in no range are above no threshold
 #pragma unroll
     for (int j = 0; j < 8; ++j) counts += (key[j] > threshold) + ((equal > 0 && key[j] == threshold) << 16);
     int total;

@@ -11,7 +11,7 @@ template <int kTiles>
 __device__ __forceinline__ void rescale(float (&o)[kTiles][4], float& top, float& sum, float x) {
   const float best = fmaxf(top, warp_max<4>(x)), shift = fast_exp2(top - finite_top(best));
   if (__any_sync(kFullMask, best > top)) {
-    const int from = lane_id() % 4 * 8;
+    const int from = fresh(lane_id()) % 4 * 8;
     const float shift0 = __shfl_sync(kFullMask, shift, from), shift1 = __shfl_sync(kFullMask, shift, from + 4);
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) o[m][0] *= shift0, o[m][1] *= shift1, o[m][2] *= shift0, o[m][3] *= shift1;
@@ -66,7 +66,7 @@ __device__ __forceinline__ u32 two_values(uint2 codes, int pair, half2 scale, ha
 template <int D, int kWarps>
 __device__ __forceinline__ void attend_pruned(const PrunedPages& tail, int group, float (&o)[D / 16][4], float& top, float& sum) {
   constexpr int kPieces = D / 64;
-  const int lane = lane_id(), gid = lane / 4, tig = lane % 4;
+  const int lane = fresh(lane_id()), gid = lane / 4, tig = lane % 4;
 #pragma unroll 1
   for (int first = uniform_warp_id() * 16; first < tail.count; first += kWarps * 16) {
     uint2 codes[4][kPieces];

@@ -71,7 +71,7 @@ struct Chunk<float> {
 
 // floor(y) for 0 <= y < 2^22 in one add: conversions run at a quarter of its rate.
 constexpr float kMagic = 8388608.f;  // 2^23: the last bit of the sum is 1
-__device__ __forceinline__ int low_bits(float with_magic) { return __float_as_int(with_magic) - __float_as_int(kMagic); }
+__device__ __forceinline__ int low_bits(float with_magic) { return static_cast<int>(__float_as_uint(with_magic) - __float_as_uint(kMagic)); }
 
 // round(scale * exp(-f * width)) for f in [0, 1) and a width of at most 1/16: three terms of the series, 6e-7 off at most.
 __device__ __forceinline__ u32 bin_weight(float f, float width, float scale) {

@@ -221,11 +221,12 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
                 continue
             assert plan.pages * plan.cluster >= pages and plan.pages % 16 == 0
             assert plan.entries * plan.cluster >= capacity
-            assert plan.smem + fused._STATIC_SMEM <= gpu["block_limit"]
+            assert plan.smem + fused._static(group, dim) <= gpu["block_limit"]
             assert plan.warps == 8 or dim < 256
-            # What lies side by side at the end: logits, two lists, who is kept, what pages have lost, and the queries.
+            # What lies side by side at the end: logits, two lists, who is kept and what pages have lost.
             tokens = plan.entries * page
-            of_heads = group * (2 * tokens + 4 * tail * plan.entries + 6 * dim)
+            of_heads = group * (2 * tokens + 4 * tail * plan.entries)
+            assert plan.layout.list >= max(4 * tokens, 4 * plan.warps * group * dim)
             assert plan.smem >= of_heads + 8 * plan.entries + tokens // 8
 
 

@@ -38,6 +38,12 @@ _REDUCTIONS = ("softmax", "sum", "max")
 _NO_LIMIT = 2**31 - 1
 
 
+class _Layout(ctypes.Structure):
+    """Mirrors the struct of raw_kernels/fused_decode.cu."""
+
+    _fields_ = [(name, ctypes.c_int) for name in ("numbers", "keys", "list", "keep", "bins", "results", "parts")]
+
+
 class FusedDecodeParams(ctypes.Structure):
     """Mirrors the struct of raw_kernels/fused_decode.cu."""
 
@@ -53,8 +59,10 @@ class FusedDecodeParams(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("sm_scale", "p", "bins_per_nat")),
         *((name, ctypes.c_int) for name in (
             "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
-            "entry_share", "min_tokens", "max_tokens", "stagger",
+            "entry_share", "min_tokens", "max_tokens",
         )),
+        ("at", _Layout),
+        ("stagger", ctypes.c_int),
         ("stagger_ns", ctypes.c_float),
     ]  # fmt: skip
 
@@ -265,12 +273,13 @@ def _shape(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a row is cut: blocks of a cluster, warps of a block, pages and candidate pages of a block, its bytes."""
+    """How a row is cut: blocks of a cluster, warps of a block, pages and candidate pages of a block, its memory."""
 
     cluster: int
     warps: int
     pages: int
     entries: int
+    layout: _Layout
     smem: int
 
 
@@ -313,13 +322,13 @@ def _cut(
         tokens = entries * page_size
         # Of what is chosen, a sixteenth is attended to.
         size = vectors * dim * pages + tokens * (dim // 2 + 4) + tokens // 16 * 4 * dim
-        for warps, resident in ((16, 1), (8, 2)):
-            if dim == 256:
-                warps, resident = 8, 1  # 256 channels need the registers of 16 warps for 8
-            smem = _smem(pages, entries, group, dim, vectors, page_size, tail, cluster, warps)
-            limit = min(total, _SMEM_OF_TWO) // 2 if resident == 2 else block_limit
-            if smem > limit - _STATIC_SMEM:
+        for warps in (16, 8) if dim < 256 else (8,):
+            layout, smem = _layout(pages, entries, group, dim, vectors, page_size, tail, cluster, warps)
+            room = smem + _static(group, dim)
+            if room > block_limit:
                 continue
+            # Two blocks of 8 warps; 256 channels need the registers of 16 warps for 8.
+            resident = 2 if warps == 8 and dim < 256 and room <= min(total, _SMEM_OF_TWO) // 2 else 1
             at_once = min(rows, int(fitting * num_sms * resident) // cluster)
             if at_once == 0:
                 continue
@@ -329,7 +338,7 @@ def _cut(
             search = 18 + 1.5e-3 * tokens if warps == 16 else (15 + 2.4e-3 * tokens) * (1.2 if together > 1 else 1.0)
             time = waves * (streams + search + _BARRIERS[cluster])
             if time < least:
-                best, least = _Plan(cluster, warps, pages, entries, smem), time
+                best, least = _Plan(cluster, warps, pages, entries, layout, smem), time
     return best
 
 
@@ -352,23 +361,32 @@ _FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
 """Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
 _BARRIERS = {1: 0.6, 2: 1.2, 4: 2.4, 8: 4.8, 16: 18.0}
 """Microseconds that blocks of a cluster wait for one another. 16 of them get 16 to 18 multiprocessors, not one each."""
-_STATIC_SMEM = 6144
-"""What the kernel takes besides, at most, and what the GPU keeps for itself."""
 _SMEM_OF_TWO = 196 * 1024
 """What two blocks may take together on sm_90: the rest, 60 KB, is L1, without which loads have no place to wait in."""
 
 
-def _smem(
+def _static(group: int, dim: int) -> int:
+    """Return what a block takes besides, at most: the queries, 3 KB of scratch, and what the GPU keeps for itself."""
+    return 4096 + 24 * (1 if group <= 4 else 2) * dim
+
+
+def _layout(
     pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, tail: bool, cluster: int, warps: int
-) -> int:
-    """Return the bytes that `Layout` in raw_kernels/fused_decode.cu adds up to."""
+) -> tuple[_Layout, int]:
+    """Return where things lie in a block's shared memory, and how many bytes they are."""
     tokens = entries * page_size
-    scores = max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
+    numbers = 4 * group * pages
+    keys = numbers + 4 * pages
+    # One after another in one place: scores and keys of pages, logits, rows of K and V, O.
+    first = max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
     if vectors:
-        scores = max(scores, 4 * pages * (group + 1 + cluster))
-    lists = -(-8 * entries // 16) * 16 + -(-tokens // 128) * 16
-    bins = max(8192, 2048 * group * (2 if cluster > 1 else 1), -(-group * entries // 4) * 16 if tail else 0)
-    return scores + lists + bins + 6 * group * dim + (4 * group * dim if cluster > 1 else 0)
+        first = max(first, keys + 4 * pages * cluster)
+    keep = first + -(-8 * entries // 16) * 16
+    bins = keep + -(-tokens // 128) * 16
+    results = bins + max(8192, 2048 * group * (2 if cluster > 1 else 1), -(-group * entries // 4) * 16 if tail else 0)
+    parts = results + (4 * group * dim if cluster > 1 else 0)
+    size = parts + 16 * cluster * (4 if group <= 4 else 8) + -(-cluster // 4) * 16
+    return _Layout(numbers, keys, first, keep, bins, results, parts), size
 
 
 def _cuda(
@@ -427,7 +445,7 @@ def _cuda(
         None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
         q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, late, late_ns,
+        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, plan.layout, late, late_ns,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
     pages = Selection(candidates, candidate_lengths, page_size)
@@ -438,7 +456,7 @@ def _cuda(
 @functools.cache
 def _kernel(dim: int, group: int, vectors: int, warps: int, device: int) -> kernels.Kernel:
     expression = f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}>"
-    smem = shared_memory(device)[0] - _STATIC_SMEM
+    smem = shared_memory(device)[0] - _static(group, dim)
     return kernels.load(
         "fused_decode", expression, max_dynamic_smem=smem, max_cluster=_max_cluster(device), device=device
     )
