@@ -346,15 +346,19 @@ def _late(plan: _Plan, rows: int, dim: int, vectors: int, num_sms: int) -> tuple
     """Return how many rows begin late, after as many that do not, and by how many ns for each page.
 
     All rows of a wave would stream together and search together. With two blocks a multiprocessor its second one waits
-    for as long as the first one reads pages: 2 % at b=64, 32k. Where each row has a multiprocessor and nearly all have
-    one, a third of them waits for 3 ns a page: 3 % at b=16, 32k (70.7 to 68.6 us), 2 and 4 ns as much within 0.3 us;
-    a quarter of the rows gains 2 %, half of them nothing.
+    for nearly as long as the first one reads pages: 2 % at b=64, 32k. Where each row has a multiprocessor and nearly
+    all have one, a third of them waits for 3 ns a page: 3 % at b=16, 32k (70.7 to 68.6 us), 2 and 4 ns as much within
+    0.3 us; a quarter of the rows gains 2 %, half of them nothing. Where a row has two and there are several waves, a
+    third of the first waits for 2 ns: 1 % at b=32, 128k (463.3 to 456.4 us; 1 ns 460.7). One wave gains nothing.
     """
-    if plan.cluster > 1 or dim == 256 or not vectors:
+    if plan.cluster > 2 or dim == 256 or not vectors:
         return 0, 0.0
+    bytes_a_page = vectors * dim
+    if plan.cluster == 2:
+        return (num_sms // 6, bytes_a_page / 128) if plan.warps == 16 and rows > num_sms // 2 else (0, 0.0)
     if plan.warps == 8:
-        return (num_sms, vectors * dim / 30 + 1) if rows > num_sms else (0, 0.0)
-    return (rows // 3, vectors * dim / 85) if 0.9 * num_sms <= rows <= num_sms else (0, 0.0)
+        return (num_sms, bytes_a_page / 32) if rows > num_sms else (0, 0.0)
+    return (rows // 3, bytes_a_page / 85) if 0.9 * num_sms <= rows <= num_sms else (0, 0.0)
 
 
 _FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
