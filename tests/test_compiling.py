@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.nvrtc import NVRTC
 from twilight import compiling, kernels
 from twilight.compiling import Resources, Results, compile_all, compile_source
 from twilight.errors import KernelError, MissingExtraError, UnknownNameError
@@ -19,17 +20,6 @@ from twilight.resources import folder
 
 # The package has functions of these names.
 APPEND, TOP_P = (import_module(f"twilight.ops.{stem}") for stem in ("append", "top_p"))
-
-
-def nvrtc_missing() -> str | None:
-    try:
-        compiling.supported_archs()
-    except (KernelError, MissingExtraError) as error:
-        return str(error)
-    return None
-
-
-NVRTC = pytest.mark.skipif(nvrtc_missing() is not None, reason=f"needs NVRTC: {nvrtc_missing()}")
 
 
 @pytest.fixture

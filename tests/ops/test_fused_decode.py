@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from tests.caches import fill
+from tests.nvrtc import NVRTC
 from twilight import BoundedTopP, Geometry, PagedKVCache, ops
 from twilight.budget import Budget
+from twilight.compiling import compile_source
 from twilight.ops.quantize import split_shadow, unpack
 from twilight_selectors.block_mean import BlockMean
 from twilight_selectors.full import Full
@@ -233,3 +235,15 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
 
 def test_what_fits_no_cluster_is_for_the_stages():
     assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, False, **H200) is None
+
+
+@NVRTC
+def test_large_workloads_leave_92_kb_to_l1():
+    """256 KB of a multiprocessor are divided in steps, 164 for shared memory, then 196; 1 KB a block is the GPU's."""
+    words = [f"fused_decode<128, 1, 2, {warps}>" for warps in (8, 16)]
+    static = {each.expression: each.smem for each in compile_source("fused_decode", words, "sm_90")}
+    for batch, length, blocks in ((64, 32768, 2), (32, 131072, 1)):
+        plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, True, **H200)
+        own = static[f"fused_decode<128, 1, 2, {plan.warps}>"] + 1024
+        assert own <= fused._static(4, 128)
+        assert blocks * (plan.smem + own) <= 164 * 1024
