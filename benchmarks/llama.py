@@ -1,7 +1,7 @@
 """A Llama-shaped decoder, one token a sequence, with the attention left to the caller.
 
 Products are torch's. What lies between them is three functions, which torch.compile makes one kernel each where it is
-asked to, as serving engines have them: thirteen launches a layer are eight then.
+asked to, as serving engines have them: 8 launches a layer instead of 19, attention not among them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Between(NamedTuple):
     gate: Callable[[torch.Tensor], torch.Tensor]
 
     def compiled(self) -> Between:
-        """Return the same as a kernel each, made at the first call."""
+        """Return the same as a kernel each, made at the first call of each batch size, of up to 8
+        between resets of torch.compiler."""
         return Between(
             torch.compile(self.add_norm, dynamic=False),
             torch.compile(self.rotate, dynamic=False),

@@ -6,7 +6,7 @@
 The step is embedding, 32 times (norm, q/k/v, rotary, append, attention, output, norm, MLP), norm, logits and argmax,
 whose token the next step begins with. All ways to attend share the weights and the memory of the cache. On a GPU
 torch.compile makes one kernel each of residual and norm, rotary, and the MLP's gate, as serving engines have them;
-`--plain` leaves them to torch's own, five launches a layer more.
+`--plain` leaves them to torch's own, 11 launches a layer more.
 
 The cache is filled by the workload of `twilight bench`, so that budgets differ by head as in it. Queries of a random
 model do not match such keys: attention would be flat, and every budget large. So the projections run, and then
@@ -100,9 +100,9 @@ class ModelCell:
         one = self.layer
         return weights + self.shape.layers * one.layer_bytes() + one.memory(1) - one.layer_bytes()
 
-    def identity(self, p: float) -> dict[str, Any]:
+    def identity(self, options: argparse.Namespace) -> dict[str, Any]:
         """Return the fields that its result is found by."""
-        return self.layer.as_dict() | {"p": p, "model": self.shape.name}
+        return self.layer.as_dict() | {"p": options.p, "model": self.shape.name, "compiled": options.compiled}
 
 
 @dataclass
@@ -267,9 +267,9 @@ def run_model(cell: ModelCell, model: Llama, options: argparse.Namespace, device
     static = StaticCache(work.cache, cell.length)
     say(f"{cell}, {start} tokens at first, filled in {work.seconds:.1f} s")
     bench = Bench(model, work, static, torch.randint(shape.vocab, (cell.batch,), device=device))
-    result: dict[str, Any] = cell.identity(options.p) | {
+    result: dict[str, Any] = cell.identity(options) | {
         "layers": shape.layers, "start": start, "dtype": str(dtype).removeprefix("torch."),
-        "repeats": options.repeats, "compiled": options.compiled, "fill_s": work.seconds,
+        "repeats": options.repeats, "fill_s": work.seconds,
     }  # fmt: skip
     result["budgets"], result["check"] = check_budgets(bench, quest, options.p)
     with torch.inference_mode():
@@ -346,13 +346,14 @@ def main(words: Sequence[str], say: Callable[[str], None] = lambda line: print(l
             torch.manual_seed(0)
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model.append(Llama(shape, args.length + 1, device, dtype, compiled=args.compiled).requires_grad_(False))
+        torch.compiler.reset()  # a function is compiled for 8 batch sizes at most, and not said to be left plain after
         return run_model(cell, model[0], args, device, deadline, say)
 
     def fits(cell: ModelCell) -> bool:
         return cell.memory() - (weights if model else 0) <= free_bytes(device)
 
     left = run_all(
-        cells, run, fits, results, lambda cell: cell.identity(args.p), deadline, missing=args.missing, say=say
+        cells, run, fits, results, lambda cell: cell.identity(args), deadline, missing=args.missing, say=say
     )  # fmt: skip
     say(f"{results.path}" + (f": {left} cells are missing, run again with --missing" if left else ""))
     return 0

@@ -17,7 +17,7 @@ import torch
 
 from twilight import __version__, kernels, resources
 
-IDENTITY = ("batch", "length", "q_heads", "kv_heads", "head_dim", "page_size", "p", "model")
+IDENTITY = ("batch", "length", "q_heads", "kv_heads", "head_dim", "page_size", "p", "model", "compiled")
 """Fields of a cell that tell it from others; those it has not are left out."""
 _ORDER = ("kv_heads", "batch", "length", "head_dim", "page_size", "p")
 _HEADER = ("benchmark", "gpu", "versions", "raw_kernels")

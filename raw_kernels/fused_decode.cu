@@ -29,9 +29,10 @@ struct Layout {
   int numbers;        // behind the scores of pages (float): numbers of this block's pages
   int keys;           // then the keys of all (u32)
   int list;           // this block's candidates: logical and physical numbers
-  int keep;           // who is kept (bytes). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
+  int keep;           // who is kept (a byte for eight). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
   int bins;           // histograms; after them the mass that each page has lost (float)
-  int results;        // what other blocks have attended to: nobody may write elsewhere who does not know how far this block is
+  // Other blocks write to what follows; nobody may write elsewhere who does not know how far this block is.
+  int results;        // what they have attended to
   int parts;          // of all blocks: maxima and sums of the heads, twice, and how many tokens are kept
 };
 
@@ -80,13 +81,8 @@ struct FusedDecodeParams {
 CHECK_PARAMS(FusedDecodeParams);
 
 // Tiles of 16 tokens that a warp has under way: as many as 128 registers a thread hold.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kTwoTiles = 1;  // 2 would spill there
-#else
-constexpr int kTwoTiles = 2;
-#endif
 template <int D, int Tiles>
-constexpr int kTokenBatch = D == 256 ? 2 : Tiles == 1 ? 2 * kTwoTiles : kTwoTiles;
+constexpr int kTokenBatch = D == 256 || Tiles == 2 ? 2 : 4;
 
 // 16 warps a block where there is one block a multiprocessor, else 8.
 template <int D, int Tiles, int Vectors, int kWarps>

@@ -3,7 +3,7 @@
 // Both are u8 x s8 products on m16n8k32 tiles: 16 pages or tokens are the rows, query heads the columns, and where they leave columns
 // free, the 8-bit residuals of the same heads (see spgemv.cu: 16 bits of the query survive). k may be permuted as long as both sides agree, so
 // that lane (gid, tig) loads whole 16-byte pieces of rows gid and gid + 8 straight into its fragments: no shared memory, no shuffles, and
-// every warp has 4 or 8 KB of page vectors or 4 KB of 4-bit keys under way.
+// every warp has up to 8 KB of page vectors or 4 KB of 4-bit keys under way.
 #pragma once
 
 #include "mma.cuh"
@@ -171,8 +171,9 @@ template <int D, int Vectors, int Tiles, int kWarps, typename Use>
 __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_scale, const u8* codes, const u32* params, const int* pages, int count, int kv_heads,
                                             int kv_head, const Use& use) {
   constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
-  // Tiles under way: what the registers hold, and of 16 warps no more than 64 KB, or L1 has no place for them: 2 tiles are 2 % slower at b=32, 128k, and 1 % faster with 8 warps.
-  constexpr int kBatch = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 4 ? (kWarps == 16 ? 1 : 2) : 3;
+  // Tiles under way: what the registers hold, and of 16 warps no more than 64 KB, or L1 has no place for them: Quest's 128 KB are 2 % slower at b=32, 128k.
+  constexpr int kFit = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 4 ? 2 : 3, kPlaces = kPieces >= 4 ? 1 : 4 / kPieces;
+  constexpr int kBatch = kWarps == 16 && kFit > kPlaces ? kPlaces : kFit;
   constexpr int kHeads = 4 * Tiles;
   const int lane = fresh(lane_id()), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
 

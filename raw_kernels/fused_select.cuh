@@ -188,7 +188,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
       const uint4 a = load16(keys + i), b = load16(keys + i + 4);
       key[0] = a.x, key[1] = a.y, key[2] = a.z, key[3] = a.w, key[4] = b.x, key[5] = b.y, key[6] = b.z, key[7] = b.w;
     }
-    int counts = 0;  // above, and in the upper half equal: 4096 of either at most; keys of what is in no range are above no threshold
+    int counts = 0;  // above, and in the upper half equal: 4096 of either at most; keys of what is not there are above no threshold
 #pragma unroll
     for (int j = 0; j < 8; ++j) counts += (key[j] > threshold) + ((equal > 0 && key[j] == threshold) << 16);
     int total;

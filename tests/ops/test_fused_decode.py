@@ -237,6 +237,29 @@ def test_what_fits_no_cluster_is_for_the_stages():
     assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, False, **H200) is None
 
 
+@pytest.mark.parametrize("cluster", [1, 2, 16])
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("vectors", [0, 1, 2])
+def test_regions_of_shared_memory_hold_what_lies_there(vectors, tail, cluster):
+    for group in range(1, 9):
+        for dim, warps, entries, pages in ((64, 16, 1, 16), (128, 8, 37, 2048), (256, 8, 512, 48)):
+            at, size = fused._layout(pages, entries, group, dim, vectors, 16, tail, cluster, warps)
+            tokens, heads = entries * 16, 4 if group <= 4 else 8
+            # Phase by phase, what begins at 0: scores, numbers and keys; logits; rows of K and V; outputs of the warps.
+            scores = 4 * group * pages
+            if vectors:
+                assert at.numbers >= scores and at.keys >= at.numbers + 4 * pages
+                assert at.list >= at.keys + 4 * pages * cluster
+            assert at.list >= max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
+            assert at.keep >= at.list + 8 * entries and at.bins >= at.keep + tokens // 8
+            histograms = max(2048, 512 * group * (2 if cluster > 1 else 1), group * entries if tail else 0)
+            assert at.results >= at.bins + 4 * histograms
+            assert at.parts >= at.results + (4 * group * dim if cluster > 1 else 0)  # a piece of each block's output
+            assert size >= at.parts + 2 * 8 * heads * cluster + 4 * cluster
+            names = [name for name, _ in fused._Layout._fields_ if vectors or name not in ("numbers", "keys")]
+            assert all(getattr(at, name) % 16 == 0 for name in names)
+
+
 @NVRTC
 def test_large_workloads_leave_92_kb_to_l1():
     """256 KB of a multiprocessor are divided in steps, 164 for shared memory, then 196; 1 KB a block is the GPU's."""

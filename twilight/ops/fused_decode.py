@@ -327,8 +327,10 @@ def _cut(
             room = smem + _static(group, dim)
             if room > block_limit:
                 continue
-            # Two blocks of 8 warps; 256 channels need the registers of 16 warps for 8.
-            resident = 2 if warps == 8 and dim < 256 and room <= min(total, _SMEM_OF_TWO) // 2 else 1
+            # Two blocks of 8 warps, if they leave something to L1; 256 channels take the registers of 16 warps.
+            resident = 2 if warps == 8 and dim < 256 and room <= total // 2 else 1
+            if resident == 2 and room > _SMEM_OF_TWO // 2:
+                continue
             at_once = min(rows, int(fitting * num_sms * resident) // cluster)
             if at_once == 0:
                 continue
