@@ -1,6 +1,6 @@
 """Make `twilight/crossover.json`, the context lengths up to which `min_context="auto"` decodes densely.
 
-    python benchmarks/crossover.py benchmarks/results/decode-nvidia-h200.json
+    python benchmarks/crossover.py benchmarks/results/decode-nvidia-h200*.json
     python benchmarks/crossover.py RESULT.json --out -          print it instead
 
 Measured are cells (batch, length, heads) of `benchmarks/decode.py`. Compared are "quest + top-p" and the dense kernel
@@ -18,6 +18,7 @@ import json
 import math
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ METHOD = "quest + top-p"
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def crossovers(result: dict[str, Any]) -> list[dict[str, int]]:
-    """Return a row for each number of kv rows and group that `result` has cells of."""
+def crossovers(results: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
+    """Return a row for each number of kv rows and group that `results` have cells of."""
     ratios: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for cell in result["cells"]:
+    for cell in (cell for result in results for cell in result["cells"]):
         paged = [times for name, times in cell["dense"].items() if name.startswith("twilight") and "paged" in name]
         if METHOD in cell["methods"] and paged:
             ratio = cell["methods"][METHOD]["total"]["us"] / paged[0]["us"]
@@ -45,16 +46,19 @@ def crossovers(result: dict[str, Any]) -> list[dict[str, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, help="what benchmarks/decode.py wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what benchmarks/decode.py wrote")
     parser.add_argument("--out", default=str(ROOT / "twilight" / "crossover.json"), help="'-' is standard output")
     args = parser.parse_args()
-    result = json.loads(args.result.read_text(encoding="utf-8"))
-    source = args.result.resolve()
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in args.results]
+    sources = [path.resolve() for path in args.results]
     table = {
-        "source": source.relative_to(ROOT).as_posix() if source.is_relative_to(ROOT) else source.name,
-        **{key: result[key] for key in ("gpu", "raw_kernels")},
+        "sources": [
+            {"file": path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name}
+            | {key: result[key] for key in ("gpu", "raw_kernels")}
+            for path, result in zip(sources, results, strict=True)
+        ],
         "method": METHOD,
-        "rows": crossovers(result),
+        "rows": crossovers(results),
     }
     text = json.dumps(table, indent=2) + "\n"
     if args.out == "-":

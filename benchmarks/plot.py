@@ -66,8 +66,9 @@ def speedup(data: dict[str, Any]) -> Figure:
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("times as fast as the best dense kernel")
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(batches), frameon=False,
-        fontsize=9, title=f"Quest + top-p, one layer's attention, {data['gpu']}", title_fontsize=11,
+        *panels[0].get_legend_handles_labels(), loc="outside upper center", frameon=False, fontsize=9,
+        ncols=min(len(batches), 3 * len(shapes)), title=f"Quest + top-p, one layer's attention, {data['gpu']}",
+        title_fontsize=11,
     )  # fmt: skip
     return figure
 

@@ -46,16 +46,22 @@ def cell(length: int, sparse: float, dense: float = 100.0, *, batch: int = 8) ->
 
 def test_the_least_bound_counts_but_no_less_than_where_dense_has_won():
     # A win by four at 32k bounds it by 8k, one by two at 8k by 4k.
-    assert measured.crossovers({"cells": [cell(32768, 25), cell(8192, 50)]})[0]["tokens"] == 4096
-    assert measured.crossovers({"cells": [cell(32768, 25), cell(8192, 101)]})[0]["tokens"] == 8192
-    assert measured.crossovers({"cells": [cell(32768, 10), cell(8192, 101)]})[0]["tokens"] == 8192
-    assert measured.crossovers({"cells": [cell(8192, 101), cell(4096, 300)]})[0]["tokens"] == 16384
-    both = measured.crossovers({"cells": [cell(8192, 50), cell(8192, 20, batch=64)]})
+    assert measured.crossovers([{"cells": [cell(32768, 25), cell(8192, 50)]}])[0]["tokens"] == 4096
+    assert measured.crossovers([{"cells": [cell(32768, 25), cell(8192, 101)]}])[0]["tokens"] == 8192
+    assert measured.crossovers([{"cells": [cell(32768, 10), cell(8192, 101)]}])[0]["tokens"] == 8192
+    assert measured.crossovers([{"cells": [cell(8192, 101), cell(4096, 300)]}])[0]["tokens"] == 16384
+    both = measured.crossovers([{"cells": [cell(8192, 50), cell(8192, 20, batch=64)]}])
     assert [(row["kv_rows"], row["group"]) for row in both] == [(64, 4), (512, 4)]
 
 
-def test_the_table_is_made_from_the_result_that_it_names():
+def test_results_of_several_files_make_one_table():
+    both = measured.crossovers([{"cells": [cell(32768, 25)]}, {"cells": [cell(8192, 101), cell(8192, 20, batch=64)]}])
+    assert [row["tokens"] for row in both] == [8192, 1639]
+
+
+def test_the_table_is_made_from_the_results_that_it_names():
     kept = json.loads(crossover.FILE.read_text())
-    result = json.loads((ROOT / kept["source"]).read_text())
-    assert kept["rows"] == measured.crossovers(result)
-    assert (kept["gpu"], kept["raw_kernels"]) == (result["gpu"], result["raw_kernels"])
+    results = [json.loads((ROOT / source["file"]).read_text()) for source in kept["sources"]]
+    assert kept["rows"] == measured.crossovers(results)
+    for source, result in zip(kept["sources"], results, strict=True):
+        assert (source["gpu"], source["raw_kernels"]) == (result["gpu"], result["raw_kernels"])

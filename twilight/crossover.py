@@ -1,7 +1,7 @@
 """From which context length on sparse decoding is faster than dense: a table that a benchmark has measured.
 
-`crossover.json` beside this file holds it, with the GPU and the result that it came from. `python
-benchmarks/crossover.py RESULT.json` makes it anew; benchmarks/crossover.py says by which rule.
+`crossover.json` beside this file holds it, with the GPU and the results that it came from. `python
+benchmarks/crossover.py RESULT.json ...` makes it anew; benchmarks/crossover.py says by which rule.
 """
 
 from __future__ import annotations
