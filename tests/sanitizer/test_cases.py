@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.nvrtc import NVRTC
 from tests.sanitizer import cases, run, sweep
-from twilight import kernels
+from twilight import compiling, kernels
 
 FAKE = """#!{python}
 import os, subprocess, sys
@@ -172,13 +173,8 @@ def test_the_scripts_run_from_anywhere(tmp_path):
     assert done.stdout == "budget: 1 case(s) through the reference\n"
 
 
+@NVRTC
 def test_the_canary_compiles():
-    pytest.importorskip("cupy", reason="needs NVRTC")
-    from tests.test_compiling import nvrtc_missing
-    from twilight import compiling
-
-    if nvrtc_missing():
-        pytest.skip(nvrtc_missing())
     expressions = [f"canary<{fault}>" for fault in range(4)]
     here = Path(run.__file__).parent
     found = compiling.compile_source("canary", expressions, "sm_80", structs=(run.CanaryParams,), source_folder=here)
