@@ -78,8 +78,10 @@ class Between(NamedTuple):
     gate: Callable[[torch.Tensor], torch.Tensor]
 
     def compiled(self) -> Between:
-        """Return the same as a kernel each, made at the first call of each batch size, of up to 8
-        between resets of torch.compiler."""
+        """Return the same as a kernel each, made at the first call with each batch size.
+
+        Torch makes 8 of each at most, and goes on without after that, until `torch.compiler.reset`.
+        """
         return Between(
             torch.compile(self.add_norm, dynamic=False),
             torch.compile(self.rotate, dynamic=False),

@@ -13,7 +13,7 @@ from twilight import Geometry, TopP, TwilightAttention, kernels
 from twilight.benchmarks import main
 from twilight.benchmarks import model_step as bench_model
 from twilight.benchmarks.check import WrongOutput
-from twilight.benchmarks.llama import SHAPES, Llama, rotate
+from twilight.benchmarks.llama import SHAPES, Llama, add_norm, gate, rotate
 from twilight.benchmarks.methods import make
 from twilight.benchmarks.model_step import PAGED, REST, SPARE, Bench, ModelCell, Way, measure_ways, summarise, ways
 from twilight.benchmarks.results import load
@@ -82,6 +82,32 @@ def test_a_block_is_attention_and_mlp_with_residuals():
     gate, up = (norm(y) @ block.gate_up.weight.T).split(TINY.mlp, dim=-1)
     expected = y + (gate * torch.sigmoid(gate) * up) @ block.down.weight.T
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_are_of_what_the_last_block_returns():
+    model = Llama(replace(TINY, layers=1), 8, CPU, torch.float32)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    logits = model(torch.tensor([3, 5]), torch.tensor([0, 0]), lambda i, q, k, v: q)
+    x = sum(seen[0])
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() @ model.head.weight.T
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_between_products_is_compiled_once_for_all_blocks(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: made.append((function, options)) or function)
+    Llama(TINY, 8, CPU, torch.float32)
+    assert not made
+    Llama(TINY, 8, CPU, torch.float32, compiled=True)
+    assert made == [(function, {"dynamic": False}) for function in (add_norm, rotate, gate)]
+
+
+@pytest.mark.parametrize(
+    ("words", "compiled"), [(["--device", "cpu"], False), (["--device", "cuda"], True), (["--plain"], False)]
+)
+def test_a_gpu_compiles_unless_it_is_told_not_to(words, compiled):
+    assert bench_model.parse(words).compiled is compiled
 
 
 def test_keys_of_the_model_look_like_those_of_the_workload(bench):

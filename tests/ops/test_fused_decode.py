@@ -237,6 +237,13 @@ def test_what_fits_no_cluster_is_for_the_stages():
     assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, False, **H200) is None
 
 
+def test_no_two_blocks_leave_nothing_to_l1():
+    # 8 warps and 106 KB would be the fastest if a multiprocessor took one such block; it takes two.
+    plan = fused._cut(256, 2048, 61, 8, 64, 1, 16, False, **H200)
+    room = plan.smem + fused._static(8, 64)
+    assert plan.warps == 16 or not fused._SMEM_OF_TWO // 2 < room <= H200["total"] // 2
+
+
 @pytest.mark.parametrize("cluster", [1, 2, 16])
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("vectors", [0, 1, 2])
