@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, 4) append(const __grid_constan
   constexpr int kTokens = kWarp / kLanes;   // tokens of a step
   constexpr int kUnroll = 2;
   constexpr bool kBounds = R == Bounds || R == Bounds8, kMean = R == Mean || R == Mean8, kLabel = R >= Label;
-  const int task = blockIdx.x * kWarps + warp_id();
+  const int task = blockIdx.x * kWarps + uniform_warp_id();
   if (task >= p.batch * p.pages_per_row * p.kv_heads) return;
   const int head = task % p.kv_heads, nth = task / p.kv_heads % p.pages_per_row, row = task / (p.kv_heads * p.pages_per_row);
   const int size = p.page_size, end = p.seq_lens[row], start = end - p.new_tokens[row];

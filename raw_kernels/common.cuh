@@ -260,14 +260,10 @@ __device__ __forceinline__ float from_ordered_key(u32 key) {
 
 // ---- the last block to arrive ----
 
-// Count this block in at `counter` and tell all of its threads whether it is the last of `total`. What any block wrote before is then
-// visible to the last one, which finds the counter at zero for the next launch. `shared` is one int of shared memory.
-__device__ __forceinline__ bool arrive_last(u32* counter, u32 total, int* shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *shared = atomicInc(counter, total - 1) == total - 1;  // atomicInc wraps to 0 at total - 1
-  __syncthreads();
-  const bool last = *shared != 0;
-  if (last) __threadfence();
-  return last;
+// Count this block in at `counter`, by one thread after a barrier, and tell it whether the block is the last of `total`. What any block wrote before its barrier is then
+// visible to all threads of the last one after its next, and the counter is at zero for the next launch: atom.inc wraps at total - 1.
+__device__ __forceinline__ bool count_in(u32* counter, u32 total) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(total - 1) : "memory");
+  return before == total - 1;
 }

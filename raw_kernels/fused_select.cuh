@@ -12,9 +12,10 @@ constexpr int kMaxCluster = 16;
 
 template <int kThreads>
 struct SelectScratch {
-  uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block
+  uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block. Then keys of one bin
   int result[3], scan[kThreads / kWarp];
   int wanted;  // how many are to be taken: kept here while the pages are scored, as no register is free then
+  int found;   // keys that the last bin holds
 };
 
 // The sum of x over the threads before this one. `totals` has an int a warp; the caller's barrier comes before.
@@ -144,6 +145,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
   // Keys above `threshold` are taken, and of those equal to it the first `equal`.
   u32 threshold = kForced - 1;
   int equal = 0;
+  u32* const few = reinterpret_cast<u32*>(s.ranges);  // which everybody has read by the next barrier
   const bool forced = high != kNaN && keys[real - 1] == kForced;
   // Beside a NaN the newest page is one of those to be ranked: below it, above all others.
   if (high == kNaN && keys[real - 1] == kForced) low = min(low, kForced);
@@ -160,6 +162,7 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
         }
       }
       __syncthreads();
+      if (threadIdx.x == 0) s.found = 0;
       find_rank<kThreads>(histogram, rank, s.scan, s.result);
       __syncthreads();
       rank -= s.result[1];
@@ -169,6 +172,27 @@ __device__ __forceinline__ int best_pages(const AnyCluster& cluster, SelectScrat
         threshold = low - 1, more = false;
       } else if (shift == 0) {
         threshold = low, equal = rank, more = false;
+      } else if (s.result[2] <= kWarp) {  // a lane for each; another round takes four times as long
+#pragma unroll 1
+        for (int i = threadIdx.x * 4; i < real; i += kThreads * 4) {
+          const uint4 four = load16(keys + i);
+          const u32 key[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (key[j] >= low && key[j] <= high) few[atomicAdd(&s.found, 1)] = key[j];
+          }
+        }
+        __syncthreads();
+        const int count = s.result[2];
+        const u32 mine = few[lane];
+        int above = 0, same = 0;
+#pragma unroll 1
+        for (int j = 0; j < count; ++j) {
+          const u32 other = __shfl_sync(kFullMask, mine, j);
+          above += other > mine, same += other == mine;
+        }
+        const int at = __ffs(__ballot_sync(kFullMask, lane < count && above < rank && above + same >= rank)) - 1;
+        threshold = __shfl_sync(kFullMask, mine, at), equal = rank - __shfl_sync(kFullMask, above, at), more = false;
       } else {
         shift = max(shift - kRadixBits, 0);
       }

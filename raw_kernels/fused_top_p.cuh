@@ -33,24 +33,15 @@ __device__ __forceinline__ float inverse_power(float x) { return __int_as_float(
 
 __device__ __forceinline__ float half_bits_to_float(u32 bits) { return __half2float(__ushort_as_half(static_cast<u16>(bits))); }
 
-// The smallest half x with origin - per_nat * x < edge, width = 1 / per_nat a power of two: bins are monotonic in the logit, so a comparison of halves says who is kept.
+// The smallest half x with origin - per_nat * x < edge, width = 1 / per_nat a power of two: bins are monotonic in the logit, so a comparison of halves says who is kept. By a
+// warp, a lane for each of 32 neighbours of where it should be: rounding moves it by two or three.
 __device__ __forceinline__ u32 least_half(float origin, float per_nat, float width, float edge) {
-  const auto kept = [&](float x) { return fmaf(-per_nat, x, origin) < edge; };
-  half x = __float2half_ru(fmaxf((origin - edge) * width, -65504.f));
-  const auto step = [](half h, bool up) {  // the neighbour; halves of one sign lie in the order of their bits
-    const u16 bits = __half_as_ushort(h);
-    if ((bits & 0x7fff) == 0) return __ushort_as_half(up ? 0x0001 : 0x8001);
-    return __ushort_as_half((bits < 0x8000) == up ? bits + 1 : bits - 1);
-  };
-#pragma unroll 1
-  for (int i = 0; i < 4 && !kept(__half2float(x)); ++i) x = step(x, true);
-#pragma unroll 1
-  for (int i = 0; i < 4; ++i) {
-    const half below = step(x, false);
-    if (__half2float(below) == -inf() || !kept(__half2float(below))) break;
-    x = below;
-  }
-  return __half_as_ushort(x);
+  const int bits = __half_as_ushort(__float2half_ru(fmaxf((origin - edge) * width, -65504.f)));
+  const int nearby = (bits & 0x8000 ? -(bits & 0x7fff) : bits) + lane_id() - kWarp / 2;  // halves of one sign lie in the order of their bits
+  const int own = min(max(nearby, -0x7bff), 0x7c00);                                     // finite, or +inf
+  const u32 half_bits = own < 0 ? 0x8000 - own : own;
+  const u32 kept = __ballot_sync(kFullMask, fmaf(-per_nat, half_bits_to_float(half_bits), origin) < edge);
+  return __shfl_sync(kFullMask, half_bits, kept ? __ffs(kept) - 1 : kWarp - 1);
 }
 
 // Add to one of `count` words from a shared address on, if there is one of that number.
@@ -146,7 +137,7 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
     const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
     if (owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned])) {
       u32* const mine = sums + owned * kMassBins;
-      const float z = s.z[owned], share = fminf(p * (1.f + 1.25f * inverse_power(one)), 1.f) * z;
+      const float z = s.z[owned], share = p * (1.f + 1.25f * inverse_power(one)) * z;  // above z no bin reaches it, and all is kept
       const Cut cut = find_cut<kMassBins / kWarp>(mine, pass ? to_log2 * (1.f / kMassSubBins) : to_log2, pass ? s.missing[owned] : share, one);
       float edge, mass;
       u32 refine;

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kMaxWarps * kWarp, 2) label_scores(const __gri
   __shared__ u32 s_query[kMaxWarps][kHeads * R / 2];  // halves, or two bytes a channel
   __shared__ float s_scale[kMaxWarps][kHeads], s_sum[kMaxWarps][kHeads];
 
-  const int lane = lane_id(), warp = warp_id(), gid = lane / 4, tig = lane % 4, part = lane % kLanes;
+  const int lane = lane_id(), warp = uniform_warp_id(), gid = lane / 4, tig = lane % 4, part = lane % kLanes;
   const int warps = blockDim.x / kWarp, sets = p.kv_heads / warps;  // rows are (sequence, set of kv heads)
   const int page_shift = 31 - __clz(p.page_size), page_mask = p.page_size - 1;
   const int head0 = blockIdx.y * kMaxHeads, heads = min(p.group - head0, kMaxHeads);

@@ -24,7 +24,7 @@ struct SpgemvParams {
   const int* seq_lens;      // [b]
   const int* indices;       // [b, Hkv, capacity]
   const int* lengths;       // [b, Hkv]
-  const float* log_weight;  // [b, Hq, capacity], or null
+  const float* log_weight;  // [b, Hq, capacity], or null; P = 0 only
   void* out;                // [b, Hq, capacity * granularity]
   float sm_scale;
   int q_is_bf16;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
   __shared__ int s_scan[kWarps + 1];
   __shared__ int2 s_start[kWarps];
 
-  const int lane = lane_id(), warp = warp_id(), gid = lane / 4, tig = lane % 4;
+  const int lane = lane_id(), warp = uniform_warp_id(), gid = lane / 4, tig = lane % 4;
   const int page_shift = P ? (P == 16 ? 4 : 5) : p.page_shift;
   const int granularity_shift = P ? page_shift : p.granularity_shift;
   const int slots = p.capacity << granularity_shift;
@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
   };
   look_up(), locate(), look_up(), settle(), locate(), look_up();
 
+  const u8* const lane_shadow = p.shadow + lane * 16;
   // 3. Fetching tile `begin + i` into stage i % kStages.
   const auto fetch = [&](int i) {
     if (i < end - begin) {
@@ -218,13 +219,13 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
       if constexpr (P != 0) {
         const int place = __shfl_sync(kFullMask, now.place, in_batch), valid = __shfl_sync(kFullMask, now.valid, in_batch);
         real = (1u << valid) - 1;
-        if (valid > 0) {
-          const u8* block = p.shadow + static_cast<long long>(place >> page_shift) * block_bytes;
+        if (valid > 0) {  // one pointer for all of it where a page is a tile: its codes and then its pairs, as in the ring
           const int start = P == kTile ? 0 : place & (P - 1);
+          const u8* const from = mad_wide(lane_shadow, place >> page_shift, block_bytes) + start * (D / 2);
 #pragma unroll
           for (int c = 0; c < kCodes / 16; c += kWarp)
-            if (kCodes / 16 % kWarp == 0 || c + lane < kCodes / 16) cp_async16(stage + (c + lane) * 16, block + start * (D / 2) + (c + lane) * 16);
-          if (lane < 4) cp_async16(stage + kCodes + lane * 16, block + P * (D / 2) + start * 4 + lane * 16);
+            if (kCodes / 16 % kWarp == 0 || c + lane < kCodes / 16) cp_async16(stage + (c + lane) * 16, from + c * 16);
+          if (lane < 4) cp_async16(stage + kCodes + lane * 16, from + P * (D / 2) - start * (D / 2 - 4));
         }
       } else {
         const auto source = [&](int place, int bytes, int skip) {
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
   float q_scale[kHeadTiles][2], q_sum[kHeadTiles][2];  // of the two heads a column tile that this lane writes
   int current = -1;
   Out* out = nullptr;
-  const float* log_weight = nullptr;
+  [[maybe_unused]] const float* log_weight = nullptr;
 
   for (int i = 0; i < end - begin; ++i) {
     cp_async_wait<kStages - 2>();
@@ -261,8 +262,9 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
     fetch(i + kStages - 1);
     const int4 info = s_tile[warp][i % kStages];
     const u8* stage = s_ring[warp][i % kStages];
-    if (info.x != current) {
-      current = info.x;
+    const int its_row = __shfl_sync(kFullMask, info.x, 0);  // which the compiler then knows to be the same everywhere
+    if (its_row != current) {
+      current = its_row;
       const int first_head = current * p.group;
       float scale[Tiles], sum[Tiles];
 #pragma unroll
@@ -278,7 +280,9 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
           q_scale[t][k] = __shfl_sync(kFullMask, scale[t], 4 * column), q_sum[t][k] = __shfl_sync(kFullMask, sum[t], 4 * column);
         }
       out = static_cast<Out*>(p.out) + static_cast<long long>(first_head) * slots;
-      if (p.log_weight != nullptr) log_weight = p.log_weight + static_cast<long long>(first_head) * p.capacity;
+      if constexpr (P == 0) {
+        if (p.log_weight != nullptr) log_weight = p.log_weight + static_cast<long long>(first_head) * p.capacity;
+      }
     }
 
     u32 l[kWords], h[kWords];
@@ -303,9 +307,9 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
       const float2 scale_zero = unpack2<half>(*reinterpret_cast<const u32*>(stage + kCodes + r * 4));
       float logit = fmaf(scale_zero.x * q_scale[t][k], static_cast<float>(dot), scale_zero.y * q_sum[t][k]);
       const bool real = info.z >> r & 1;
-      if (log_weight != nullptr && real) {
+      if constexpr (P == 0) {
         const int g = (Tiles == 1 ? 2 * (tig & 1) : 8 * t + 2 * tig) + k;
-        if (g < p.group) logit += log_weight[static_cast<long long>(g) * p.capacity + ((slot0 + r) >> granularity_shift)];
+        if (log_weight != nullptr && real && g < p.group) logit += log_weight[static_cast<long long>(g) * p.capacity + ((slot0 + r) >> granularity_shift)];
       }
       return real ? logit : -inf();
     };
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
     };
     const auto store_pair = [&](int g, int r, u32 pair) {
       if (g >= p.group) return;
-      half* at = reinterpret_cast<half*>(out) + static_cast<long long>(g) * slots + slot0 + r;
+      half* at = reinterpret_cast<half*>(out) + (g * slots + slot0 + r);  // a group's slots are fewer than 2^31
       if (P != 0 || (slots & 1) == 0) {
         if (P != 0 || slot0 + r < slots) *reinterpret_cast<u32*>(at) = pair;
       } else {
@@ -327,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 4 ? 2 : 4) spgemv(const __g
       }
     };
     const auto store = [&](int g, int r, float logit) {
-      if (g < p.group && (P != 0 || slot0 + r < slots)) reinterpret_cast<float*>(out)[static_cast<long long>(g) * slots + slot0 + r] = logit;
+      if (g < p.group && (P != 0 || slot0 + r < slots)) reinterpret_cast<float*>(out)[g * slots + slot0 + r] = logit;
     };
     if constexpr (Tiles == 1) {
       // Heads lie in tig 0 and 1, residuals in tig 2 and 3. Two shuffles give every lane both: tig 0 and 1 of row gid, 2 and 3 of row gid + 8.

@@ -114,9 +114,13 @@ struct Team<true> {
 template <typename Score, bool kGlobal, bool kShared>
 __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const __grid_constant__ TokenTopKParams p) {
   __shared__ Exchange s;
-  __shared__ float s_max[kMaxGroup][kWarps], s_sum[kMaxGroup][kWarps], s_lse[kMaxGroup];
+  __shared__ float s_lse[kMaxGroup];
   __shared__ int s_result[4], s_above[kWarps], s_same[kWarps], s_there;
   extern __shared__ __align__(16) u32 s_keys[];
+  // Of warps, maxima and sums: where keys will lie. Two blocks of 16384 entries then take less than 164 KB, which leaves L1, where loads wait, 92 KB instead of 60.
+  __shared__ float s_own[kShared ? 1 : 2 * kMaxGroup * kWarps];
+  float* const s_max = kShared ? reinterpret_cast<float*>(s_keys) : s_own;
+  float* const s_sum = s_max + kMaxGroup * kWarps;
 
   const int row = blockIdx.y, group = p.group;
   const Team<kGlobal> team(p, &s, row);
@@ -167,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const _
       }
       const float m = warp_max(largest);
       sum = warp_sum(sum * exp2f(finite(largest) - finite(m)));
-      if (lane == 0 && share < shares) s_max[g][share] = m, s_sum[g][share] = sum;
+      if (lane == 0 && share < shares) s_max[g * kWarps + share] = m, s_sum[g * kWarps + share] = sum;
       __syncthreads();
       for (int h = warp; h < group; h += kWarps) {
-        const float of_share = lane < shares ? s_max[h][lane] : -inf(), top = warp_max(of_share);
-        const float total = warp_sum(lane < shares ? s_sum[h][lane] * exp2f(finite(of_share) - finite(top)) : 0.f);
+        const float of_share = lane < shares ? s_max[h * kWarps + lane] : -inf(), top = warp_max(of_share);
+        const float total = warp_sum(lane < shares ? s_sum[h * kWarps + lane] * exp2f(finite(of_share) - finite(top)) : 0.f);
         if (lane == 0) s.head_max[h] = top, s.head_sum[h] = total;
       }
       __syncthreads();

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(Threads, Threads == 512 && Entries > 0 && Grou
   const int real = min(ceil_div(p.seq_lens[batch], p.granularity), p.n);
   const int want_at_most = min(p.counts[row], p.capacity);
   const float* scores = p.scores + static_cast<long long>(row) * group * p.n;
-  const int lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = uniform_warp_id();
 
   for (int i = threadIdx.x; i < kRadixBins; i += Threads) s_histogram[i] = 0;
 

@@ -76,7 +76,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
   __shared__ float base[kMaxGroup], bin_width[kMaxGroup], warp_all[kWarps];
 
   const int row = blockIdx.y, rank = C::rank();
-  const int lane = lane_id(), warp = warp_id();
+  const int lane = lane_id(), warp = uniform_warp_id();
   const int length = min(max(p.lengths[row], 0), p.capacity) << p.granularity_shift;
   const int n = p.capacity << p.granularity_shift;
   if (length == 0) {  // the whole cluster leaves
@@ -230,7 +230,7 @@ __global__ void CLUSTER_DIMS(kCluster) __launch_bounds__(kThreads, kThreads == 3
       }
       __syncthreads();
     }
-    const float share = fminf(p.p * (1.f + 1.25f / one), 1.f);
+    const float share = p.p * (1.f + 1.25f / one);  // above 1 no bin reaches it, and all is kept
     if (warp < G && cut_bin[warp] >= 0) {
       float z = mass_sum[warp];
       if constexpr (!kBounded) {

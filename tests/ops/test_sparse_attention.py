@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -127,3 +129,40 @@ def test_weights_add_up_to_one_however_large_the_logits(size: float) -> None:
     real = lens > 0
     torch.testing.assert_close(out[real], torch.ones_like(out[real]), rtol=1e-6, atol=0)
     assert lse[real].isfinite().all() and float(lse.max()) > 100
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "sms", "kilobytes", "expected"),
+    [
+        (128, 8, 132, (227, 228), (4, 3, 2)),  # few rows: bytes under way
+        (128, 64, 132, (227, 228), (4, 2, 3)),  # many: warps
+        (64, 64, 132, (227, 228), (4, 4, 3)),  # 792 blocks for 64 rows would be 12 a row
+        (64, 256, 132, (227, 228), (4, 2, 6)),
+        (256, 1, 132, (227, 228), (4, 2, 1)),
+        (256, 512, 132, (227, 228), (4, 2, 1)),  # not three blocks of two warps
+        (128, 512, 84, (99, 100), (4, 3, 1)),
+        (256, 512, 84, (99, 100), (2, 2, 1)),  # four warps do not fit
+    ],
+)
+def test_blocks_follow_rows_and_shared_memory(
+    monkeypatch: pytest.MonkeyPatch,
+    dim: int,
+    rows: int,
+    sms: int,
+    kilobytes: tuple[int, int],
+    expected: tuple[int, ...],
+) -> None:
+    module = importlib.import_module("twilight.ops.sparse_attention")
+    block, total = kilobytes
+    monkeypatch.setattr(module, "shared_memory", lambda index: (block * 1024, total * 1024))
+    monkeypatch.setattr(module.kernels, "num_sms", lambda index: sms)
+    assert module.choose_config.__wrapped__(dim, rows, 0) == expected
+
+
+def test_more_rows_than_floats_divide_are_left_to_torch() -> None:
+    module = importlib.import_module("twilight.ops.sparse_attention")
+    pages = torch.zeros(1, 1, 16, 64, dtype=torch.float16)
+    q = torch.zeros(1, dtype=torch.float16).expand(2**20, 1, 64)
+    assert module.unsupported_attention(q, pages, pages) is None
+    more = torch.zeros(1, dtype=torch.float16).expand(2**20 + 1, 1, 64)
+    assert "1048576 query heads" in module.unsupported_attention(more, pages, pages)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from twilight import Selection, kernels, ops
+from twilight.ops.sparse_attention import launch_attention
 from twilight.ops.tail import MeanValues, Tail
 
 pytestmark = [
@@ -100,6 +101,29 @@ def test_odd_lengths_in_full_through_both_kernels(lengths):
         expected = ops.sparse_attention(q, *cache, everything, backend="torch")
         check(*ops.sparse_attention(q, *cache, everything, backend="cuda"), *expected)
         check(dense.squeeze(1), dense_lse.squeeze(1), *expected)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_row_that_every_block_has_a_part_of(dim, group):
+    # 256 parts and more of a row: joined in several batches, and heads in several passes.
+    q, *cache = make([120000], heads=1, group=group, dim=dim)
+    everything = Selection.everything(cache[-1], 1, max_seq_len=120000, granularity=16)
+    expected = ops.sparse_attention(q, *cache, everything, backend="torch")
+    check(*ops.sparse_attention(q, *cache, everything, backend="cuda"), *expected)
+    dense, lse = ops.dense_attention(q.unsqueeze(1), *cache, max_seq_len=120000, backend="cuda")
+    check(dense.squeeze(1), lse.squeeze(1), *expected)
+
+
+@pytest.mark.parametrize("lengths", [[8192], [8192] * 3, [5000, 8192], [16 * 257] * 2])
+@pytest.mark.parametrize("heads", [1, 3, 5, 8])
+def test_ranges_that_end_with_a_row_and_ranges_that_do_not(lengths, heads):
+    q, *cache = make(lengths, heads=heads)
+    everything = Selection.everything(cache[-1], heads, max_seq_len=max(lengths), granularity=16)
+    expected = ops.sparse_attention(q, *cache, everything, backend="torch")
+    for config in ((4, 3, 2), (4, 2, 3), (4, 2, 1)):
+        scale = q.shape[-1] ** -0.5
+        check(*launch_attention(q, *cache, everything, scale, config=config), *expected)
 
 
 def test_log_weight_is_added_and_minus_infinity_hides_a_token_from_one_head():

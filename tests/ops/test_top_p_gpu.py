@@ -105,7 +105,7 @@ def check(logits, candidates, p, pruned, **bounds):
 CASES = ["gaussian", "flat", "equal", "ties", "peak", "deep"]
 
 
-@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("p", [0.5, 0.9, 0.99, 0.99999, 1.0])
 @pytest.mark.parametrize("kind", CASES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("n", [1, 54, 97, 2048, 16385])
@@ -114,7 +114,7 @@ def test_properties(n, dtype, kind, p):
     logits = logits_for(candidates, 4, kind, dtype)
     seq_lens = torch.full((4,), 2**30, dtype=torch.int32, device="cuda")
     over = check(logits, candidates, p, ops.top_p(logits, candidates, seq_lens, p, backend="cuda"))
-    if n >= 2048 and kind == "gaussian" and p < 1:
+    if n >= 2048 and kind == "gaussian" and p < 0.9999:  # above, rounding may take what p leaves out
         assert over < 1.06
 
 

@@ -19,19 +19,27 @@ from twilight.selection import Selection
 HEADS_PER_ROW = 8
 """Query heads that one row of the kernel takes; larger groups make several rows."""
 
-CONFIGS = {64: ((4, 4), (4, 2)), 128: ((4, 3), (4, 2)), 256: ((4, 3), (4, 2), (2, 2))}
-"""For each head_dim, (warps, stages of the ring) to choose from: what has most bytes under way wins."""
+CONFIGS = {64: ((4, 4), (4, 2)), 128: ((4, 3), (4, 2)), 256: ((4, 2), (2, 2))}
+"""For each head_dim, (warps, stages of the ring) to choose from, see `choose_config`."""
+
+_MANY_ROWS = 8
+"""Blocks a row, at most, where rows are many. Measured on an H200 at d=128: three blocks a multiprocessor with two stages
+take 17.4 us where two with three take 15.4 at 33 blocks a row, 11.3 for 11.1 at 12, 13.3 for 14.1 at 6, 43.8 for 44.7 at 1."""
+_MAX_BLOCKS = 1024
+"""The kernel divides numbers of blocks as floats, which is exact for up to 1180."""
+_MAX_ROWS = 2**20
+"""Likewise rows, which are exact up to 1.4 million."""
 
 
 class AttentionParams(ctypes.Structure):
-    """Mirrors the struct of raw_kernels/attention.cuh."""
+    """Mirrors the struct of raw_kernels/attention_rows.cuh."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "q", "k_pages", "v_pages", "page_table", "seq_lens", "indices", "lengths", "log_weight", "out", "lse",
             "partial", "partial_state", "counters",
         )),
-        ("scale_log2", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("scale_log2", "per_kv_head")),
         *((name, ctypes.c_int) for name in (
             "batch", "num_kv_heads", "group", "page_shift", "max_pages", "capacity", "granularity_shift", "min_tiles",
             "tail_capacity",
@@ -149,6 +157,8 @@ def unsupported_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch
         return "the pages are not contiguous"
     if k_pages.numel() // k_pages.shape[-1] >= 2**31:
         return "the cache has 2**31 rows or more"
+    if q.numel() // q.shape[-1] > _MAX_ROWS:
+        return f"there are more than {_MAX_ROWS} query heads of all sequences together"
     return None
 
 
@@ -170,20 +180,22 @@ def _unsupported_lists(selection: Selection, tail: Tail | None, k_pages: torch.T
 
 
 @functools.cache
-def choose_config(dim: int, index: int) -> tuple[int, int, int]:
-    """Return (warps, stages, blocks a multiprocessor) for a head_dim on a device."""
+def choose_config(dim: int, rows: int, index: int) -> tuple[int, int, int]:
+    """Return (warps, stages, blocks a multiprocessor) for a head_dim and a number of rows on a device.
+
+    Few rows, each cut among many blocks, want the most bytes under way a block: parts are joined at the end, and each
+    more costs. Many rows want the most warps, which have less to wait for where a row ends. Two warps a block are for
+    GPUs that cannot have four.
+    """
     per_block, total = shared_memory(index)
-
-    def under_way(config: tuple[int, int]) -> int:
-        warps, stages = config
-        return blocks(config) * warps * (stages - 1)
-
-    def blocks(config: tuple[int, int]) -> int:
-        ring = ring_bytes(dim, *config)
-        return total // (ring + 2048) if ring + 1024 <= per_block else 0
-
-    best = max(CONFIGS[dim], key=under_way)
-    return *best, max(1, blocks(best))
+    blocks: dict[tuple[int, int], int] = {
+        config: max(1, total // (ring + 2048))
+        for config in CONFIGS[dim] if (ring := ring_bytes(dim, *config)) + 1024 <= per_block
+    }  # fmt: skip
+    few = max(blocks, key=lambda config: (config[0], blocks[config] * config[0] * (config[1] - 1)))
+    many = max(blocks, key=lambda config: (config[0], blocks[config] * config[0], config[1]))
+    best = many if kernels.num_sms(index) * blocks[many] <= _MANY_ROWS * rows else few
+    return *best, blocks[best]
 
 
 def ring_bytes(dim: int, warps: int, stages: int) -> int:
@@ -213,9 +225,9 @@ def launch_attention(
     group = q_heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    warps, stages, per_sm = config or choose_config(dim, q.get_device())
-    blocks = kernels.num_sms(q.get_device()) * per_sm
     rows = b * kv_heads * -(-group // HEADS_PER_ROW)
+    warps, stages, per_sm = config or choose_config(dim, rows, q.get_device())
+    blocks = min(kernels.num_sms(q.get_device()) * per_sm, _MAX_BLOCKS)
     # Two rows of a block can be shared with others, each with up to 8 heads: O, then (m, l).
     partial = torch.empty(2 * blocks * HEADS_PER_ROW * (dim + 2), dtype=torch.float32, device=q.device)
     state = partial.data_ptr() + 4 * 2 * blocks * HEADS_PER_ROW * dim
@@ -225,7 +237,7 @@ def launch_attention(
     params = AttentionParams(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(),
         None, None, None, out.data_ptr(), lse.data_ptr(), partial.data_ptr(), state, counter.data_ptr(),
-        scale / math.log(2), b, kv_heads, group, page_size.bit_length() - 1, page_table.shape[1], 0, 0,
+        scale / math.log(2), 1 / kv_heads, b, kv_heads, group, page_size.bit_length() - 1, page_table.shape[1], 0, 0,
         warps if min_tiles is None else min_tiles, 0,
     )  # fmt: skip
     if selection is None:

@@ -153,7 +153,9 @@ def _cuda(
     tiles = -(-slots // 16)
     # What fits the GPU at once; a warp for every tile if there are fewer.
     blocks = min(kernels.num_sms(q.get_device()) * _BLOCKS_PER_SM, -(-b * kv_heads * tiles // _WARPS))
-    paged = page_size if granularity == page_size and page_size in (16, 32) else 0
+    # Tiles of whole pages have no weights: the way that locates tokens one by one has.
+    whole = granularity == page_size and page_size in (16, 32) and log_weight is None
+    paged = page_size if whole else 0
     kernel = _kernel(out_dtype, dim, group, paged, q.get_device())
     params = SpgemvParams(
         q.data_ptr(), shadow.data_ptr(), page_table.data_ptr(), seq_lens.data_ptr(), indices.data_ptr(),

@@ -21,6 +21,8 @@ _MIN_SLICE = 1024
 _MAX_BLOCKS = 16
 _EXCHANGE_BYTES = 4 * (2 * 2048 + 2 * 64 + 2 * 16 + 3)
 """What a block lets the others see, struct Exchange of the kernel."""
+_PARTS_BYTES = 4 * 2 * 16 * 16
+"""Maxima and sums of 16 warps for 16 heads, which lie where keys will."""
 
 
 class TokenTopKParams(ctypes.Structure):
@@ -85,7 +87,7 @@ def launch(
         None if exchange is None else exchange.data_ptr(), counters(device, 3 * rows).data_ptr() if apart else None,
         scale * _LOG2E, REDUCTIONS.index(reduce), force_newest, kv_heads, group, n, capacity, granularity,
     )  # fmt: skip
-    smem = 4 * slice_keys if shared else 0
+    smem = max(4 * slice_keys, _PARTS_BYTES) if shared else 0
     if apart:
         kernel.launch((blocks, rows, 1), (_THREADS, 1, 1), params, smem, cooperative=True)
     else:
