@@ -84,39 +84,47 @@ __device__ __forceinline__ void attend(const AttentionParams& p) {
   T* const ring = reinterpret_cast<T*>(smem_raw) + warp * kStages * kSlot;
 
   // ---- which tiles are ours ----
+  // Rows of one sequence are alike, and nobody has to add them up: 0.5 us of 15 at 8k.
+  const int alike = !kSparse && p.batch == 1 ? rows.width(rows.tiles(0)) : 0;
   const int per_thread = ceil_div(num_rows, kThreads);
   const int my_begin = min(static_cast<int>(threadIdx.x) * per_thread, num_rows), my_end = min(my_begin + per_thread, num_rows);
-  int cost = 0;
-  bool empty = false;
+  int cost = 0, before = 0, total = alike * num_rows;
+  if (!alike) {
+    bool empty = false;
 #pragma unroll 1
-  for (int chunk = my_begin; chunk < my_end; chunk += 4) {
-    int tiles[4];  // four loads at once: each takes 0.6 us, and nothing else can start
+    for (int chunk = my_begin; chunk < my_end; chunk += 4) {
+      int tiles[4];  // four loads at once: each takes 0.6 us, and nothing else can start
 #pragma unroll
-    for (int i = 0; i < 4; ++i) tiles[i] = chunk + i < my_end ? rows.tiles(chunk + i) : -1;
+      for (int i = 0; i < 4; ++i) tiles[i] = chunk + i < my_end ? rows.tiles(chunk + i) : -1;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) cost += rows.width(tiles[i]), empty |= tiles[i] == 0;
+      for (int i = 0; i < 4; ++i) cost += rows.width(tiles[i]), empty |= tiles[i] == 0;
+    }
+    if (empty) clear_empty<T, D>(p, rows, my_begin, my_end);
+    before = block_exclusive_scan<kThreads>(cost, scan_scratch, total);
+    if (total == 0) return;
   }
-  if (empty) clear_empty<T, D>(p, rows, my_begin, my_end);
-  int total;
-  const int before = block_exclusive_scan<kThreads>(cost, scan_scratch, total);
-  if (total == 0) return;
   const u32 blocks = min(gridDim.x, static_cast<u32>(ceil_div(total, p.min_tiles)));
   if (blockIdx.x >= blocks) return;
   const Line line(total, blocks);
   const int begin = line.begin(blockIdx.x), end = line.begin(blockIdx.x + 1);
   if (threadIdx.x < 2) shared.row[threadIdx.x] = -1;
-  if (before <= begin && begin < before + cost) {
-    int row = my_begin, start = before;
+  int row, start;
+  if (alike) {
+    row = begin / alike, start = row * alike;
+  } else {
+    if (before <= begin && begin < before + cost) {
+      row = my_begin, start = before;
 #pragma unroll 1
-    for (;; ++row) {
-      const int width = rows.width(rows.tiles(row));
-      if (begin < start + width) break;
-      start += width;
+      for (;; ++row) {
+        const int width = rows.width(rows.tiles(row));
+        if (begin < start + width) break;
+        start += width;
+      }
+      plan[0] = row, plan[1] = start;
     }
-    plan[0] = row, plan[1] = start;
+    __syncthreads();
+    row = plan[0], start = plan[1];
   }
-  __syncthreads();
-  int row = plan[0], start = plan[1];
 
   Loads loads(p, rows, ring, masks[warp], row, start, begin, end);
   loads.template begin<kStages>();

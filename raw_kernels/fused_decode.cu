@@ -49,6 +49,8 @@ struct FusedDecodeParams {
   const int* page_table;     // [b, max_pages]
   const int* seq_lens;       // [b]
   const int* page_budget;    // [b, Hkv]
+  const int* given;          // [b, Hkv, capacity], pages that somebody else has chosen, V = 0 only; or null
+  const int* given_lengths;  // [b, Hkv]
   // outputs
   int* candidates;           // [b, Hkv, capacity] or null
   int* candidate_lengths;    // [b, Hkv]
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int i = 0; i < D / 64; ++i) raw[i] = reinterpret_cast<const u32*>(q + warp * D)[lane * (D / 64) + i];
   }
   const int seq_len = p.seq_lens[batch];
-  const int budget = Vectors ? max(min(p.page_budget[row], p.capacity), 0) : p.capacity;
+  const int* const counts = Vectors ? p.page_budget : p.given_lengths;
+  const int budget = Vectors || counts != nullptr ? max(min(counts[row], p.capacity), 0) : p.capacity;
   const int guess = global_page(cluster, threadIdx.x);
   const int guessed = Vectors && guess < p.max_pages ? table[guess] : 0;
 
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   int taken, entries, count = 0;
   const int tiles = ceil_div(real, kTile);
   const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
-  if (threadIdx.x == 0) s_select.wanted = min(real, budget);
+  if (threadIdx.x == 0) s_select.wanted = Vectors == 0 && counts != nullptr ? budget : min(real, budget);
   if (Vectors && budget < real) {
     count = cluster.share(tiles) * kTile - (last_here ? tiles * kTile - real : 0);
 #pragma unroll 1
@@ -214,14 +217,15 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   if (all_pages) taken = wanted();
   const int per_block = (taken + blocks - 1) >> cluster.shift;
   const int before = rank * per_block;  // with runs, the entries of the blocks before
-  if (all_pages) {                      // all of them, or the first ones for a budget that no selector filled
+  if (all_pages) {                      // all of them, those that are given, or the first ones for a budget that no selector filled
     if (blocks > 1) cluster.wait();
     entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
 #pragma unroll 1
     for (int i = threadIdx.x; i < entries; i += kThreads) {
-      const int page = runs ? before + i : cluster.nth(i);
+      int page = runs ? before + i : cluster.nth(i);
+      if (Vectors == 0 && p.given != nullptr) page = p.given[static_cast<long long>(row) * p.capacity + page];
       logical[i] = page;
-      cp_async4(physical + i, table + page);
+      cp_async4(physical + i, table + min(static_cast<u32>(page), static_cast<u32>(real - 1)));  // behind the end no token counts
     }
     cp_async_commit(), cp_async_wait<0>();
   }

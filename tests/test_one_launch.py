@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -104,17 +106,79 @@ def test_a_subclass_that_overrides_a_method_alone_promises_nothing():
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
-def test_such_a_subclass_is_asked_stage_by_stage(device):
+def test_such_a_subclass_is_asked(device):
     for selector, pruner in ((Quest(), Halved(0.9)), (FirstPages(), TopP(0.9))):
         layer = caches(selector, device, torch.bfloat16, count=1)[0].layers[0]
         attention, steps = TwilightAttention(selector, pruner, 0.5), []
         attention.observer = steps.append
         q = torch.randn(3, 8, 64, device=device).bfloat16()
         attention.attend(q, layer)
-        assert not steps[0].one_launch
-        lengths = steps[0].pruned.selection.lengths
-        assert steps[0].candidates.capacity == 1 or float(steps[0].pruned.mass.mean()) < 0.6
-        assert int(lengths.min()) > 0
+        kept = steps[0].pruned.selection
+        assert int(kept.lengths.min()) > 0
+        if isinstance(pruner, Halved):
+            assert not steps[0].one_launch and float(steps[0].pruned.mass.mean()) < 0.6
+        else:  # its pages, and the rest in one launch
+            assert steps[0].one_launch and steps[0].candidates.capacity == 1
+            pages = (kept.indices // 16).masked_fill(~kept.counted(), -1)
+            assert bool(((pages == steps[0].candidates.indices) | ~kept.counted()).all())
+
+
+class Finished(Quest):
+    """Sees what was kept."""
+
+    def finish(self, q, layer, kept, out, lse):
+        return out * 0 + kept.lengths.sum(), lse
+
+
+class Tokens(FirstPages):
+    """Chooses tokens."""
+
+    def select(self, q, layer, budget):
+        chosen = super().select(q, layer, budget)
+        return Selection(chosen.indices * 16, chosen.lengths, 1)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize(
+    "selector,pruner,names",
+    [
+        (Quest(metadata_type="native"), TopP(0.9), ["page_scores", "top_k", "fused_decode"]),
+        (FirstPages(), TopP(0.9), ["page_scores", "top_k", "fused_decode"]),
+        (FirstPages(), BoundedTopP(0.9, 4, 50, tail="page_mean"), ["page_scores", "top_k", "fused_decode"]),
+        (FirstPages(), Halved(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
+        (Finished(), TopP(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
+        (Tokens(), TopP(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
+    ],
+    ids=["native", "pages", "bounded", "own pruner", "finish", "tokens"],
+)
+def test_pages_of_any_selector_are_pruned_and_attended_to_in_one_launch(selector, pruner, names, device, monkeypatch):
+    layer = caches(selector, device, torch.bfloat16, pruner, count=1)[0].layers[0]
+    attention, steps = TwilightAttention(selector, pruner, 0.5), []
+    q = torch.randn(3, 8, 64, device=device).bfloat16()
+    layer.budget(attention.budget)  # by a launch of its own, once a step
+    seen = launches(monkeypatch)
+    out, lse = attention.attend(q, layer)
+    assert [kernel.expression.split("<")[0] for kernel in seen] == names
+    attention.observer = steps.append
+    again, _ = attention.attend(q, layer)
+    torch.testing.assert_close(again.float(), out.float(), rtol=1e-2, atol=2e-3)
+    # Attention over exactly what it says it kept.
+    kept, tail = steps[0].pruned.selection, steps[0].pruned.tail
+    listed = Selection(kept.indices.masked_fill(~kept.counted(), 0), kept.lengths)
+    if tail is not None:
+        pages = tail.pages
+        behind = ~pages.counted()
+        pages = replace(
+            pages, indices=pages.indices.masked_fill(behind, 0),
+            log_weight=pages.log_weight.masked_fill(behind.repeat_interleave(4, 1), -torch.inf),
+        )  # fmt: skip
+        tail = replace(tail, pages=pages)
+    want, want_lse = ops.sparse_attention(
+        q, layer.k_pages, layer.v_pages, layer.page_table, layer.seq_lens, listed, tail=tail, backend="torch"
+    )
+    if not isinstance(selector, Finished):
+        torch.testing.assert_close(out.float(), want.float(), rtol=2e-2, atol=8e-3)
+        torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=2e-3)
 
 
 def bounds(pruner, layer):

@@ -19,7 +19,7 @@ from twilight.ops.sparse_attention import unsupported_attention
 from twilight.ops.top_p import Pruned
 from twilight.pruner import Pruner, TopP
 from twilight.selection import Selection
-from twilight.selector import Selector
+from twilight.selector import PageRanking, Selector
 from twilight.stats import Stats
 
 
@@ -33,10 +33,10 @@ class Step:
         candidates: what the selector proposed; None in a dense step.
         pruned: what was kept of it; None in a dense step.
         logits: `[b, Hq, capacity * granularity]`, the candidates' estimated logits; None where the pruner needs none,
-            or where one launch did all stages.
+            or where one launch did it all.
         out: `[b, Hq, d]`, the result.
         lse: `[b, Hq]` float32.
-        one_launch: one kernel did all stages.
+        one_launch: one kernel did all stages, or all after `select`.
     """
 
     q: torch.Tensor
@@ -139,6 +139,9 @@ class TwilightAttention:
         scale = geometry.sm_scale
         pages = (layer.k_pages, layer.v_pages, table, lens)
         candidates = self.selector.select(q, layer, layer.budget(self.budget))
+        step = self._one_launch(q, layer, candidates=candidates)
+        if step is not None:
+            return self._record(q, layer, step)
         logits = None
         if self.pruner.needs_logits:
             # Half the bytes on a GPU, where they are written and read again; below the error of a 4-bit key.
@@ -173,14 +176,21 @@ class TwilightAttention:
         self.selector.observe(q, layer)
         self.budget.observe(q, layer)
 
-    def _one_launch(self, q: torch.Tensor, layer: LayerCache, new: NewTokens | None = None) -> FusedDecode | None:
-        """Do all stages in one kernel, where there is one for what selector and pruner do and the cache keeps."""
+    def _one_launch(
+        self, q: torch.Tensor, layer: LayerCache, new: NewTokens | None = None, candidates: Selection | None = None
+    ) -> FusedDecode | None:
+        """Do all stages in one kernel, or those after `select` for pages, where there is one for it."""
         selector, pruner = self.selector, self.pruner
         if not q.is_cuda or not kernels.available(q.device) or type(selector).finish is not Selector.finish:
             return None
-        if not (_speaks_for(selector, "ranking", "select") and _speaks_for(pruner, "mass_rule", "__call__")):
+        if not _speaks_for(pruner, "mass_rule", "__call__"):
             return None
-        ranking, rule = selector.ranking(layer), pruner.mass_rule(layer)
+        ranking: PageRanking | None = PageRanking()
+        if candidates is None:
+            ranking = selector.ranking(layer) if _speaks_for(selector, "ranking", "select") else None
+        elif candidates.granularity != layer.geometry.page_size or candidates.log_weight is not None:
+            return None
+        rule = pruner.mass_rule(layer)
         if ranking is None or rule is None:
             return None
         values = () if rule.means is None else rule.means.values
@@ -188,7 +198,7 @@ class TwilightAttention:
             return None
         budget = layer.budget(self.budget) if ranking.vectors else None
         pages = (layer.k_pages, layer.v_pages, layer.shadow, ranking.vectors, layer.page_table, layer.seq_lens)
-        if fused_unsupported(q, *pages, budget, rule.means) is not None:
+        if fused_unsupported(q, *pages, budget, rule.means, candidates) is not None:
             return None
         return ops.fused_decode(
             q,
@@ -202,6 +212,7 @@ class TwilightAttention:
             max_tokens=rule.max_tokens,
             means=rule.means,
             new=new,
+            candidates=candidates,
             backend="cuda",
         )
 

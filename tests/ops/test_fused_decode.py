@@ -10,7 +10,7 @@ import torch
 
 from tests.caches import fill
 from tests.nvrtc import NVRTC
-from twilight import BoundedTopP, Geometry, PagedKVCache, ops
+from twilight import BoundedTopP, Geometry, PagedKVCache, Selection, ops
 from twilight.budget import Budget
 from twilight.compiling import compile_source
 from twilight.ops.quantize import split_shadow, unpack
@@ -123,6 +123,35 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, means=means)
     with pytest.raises(ValueError, match="multiple of 2 heads"):
         ops.fused_decode(q[:, :3], *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
+    rest = (layer.page_table, layer.seq_lens)
+    chosen, lists = torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="candidates: expected no vectors and no budget"):
+        ops.fused_decode(q, *pages, bounds, *rest, Budget(tokens, 20), 0.9, candidates=Selection(chosen, lists, 16))
+    with pytest.raises(ValueError, match="candidates: expected pages of 16 tokens and no log_weight"):
+        ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=Selection(chosen, lists, 1))
+    with pytest.raises(ValueError, match="candidates: expected pages of 16 tokens and no log_weight"):
+        weighted = Selection(chosen, lists, 16, torch.zeros(1, 4, 1))
+        ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=weighted)
+    with pytest.raises(ValueError, match=r"candidates.indices: expected shape \[1, 2, any\], got \[1, 1, 1\]"):
+        fewer = Selection(chosen[:, :1].contiguous(), lists[:, :1].contiguous(), 16)
+        ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=fewer)
+
+
+def test_pages_that_are_given_are_the_candidates():
+    geometry = Geometry(1, 6, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
+    layer = fill(geometry, [300, 1, 47], Quest())[0].layers[0]
+    q = 3 * torch.randn(3, 6, 64)
+    pages = (layer.k_pages, layer.v_pages, layer.shadow)
+    bounds = (layer.metadata("bounds"), layer.metadata("bounds_params"))
+    budget = Budget(torch.tensor([[100, 40], [1, 1], [20, 47]], dtype=torch.int32), 100)
+    want = ops.fused_decode(q, *pages, bounds, layer.page_table, layer.seq_lens, budget, 0.9)
+    got = ops.fused_decode(
+        q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, candidates=want.candidates
+    )  # fmt: skip
+    everything = ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9)
+    assert got.candidates is want.candidates and got.out.equal(want.out)
+    assert got.pruned.selection.lengths.equal(want.pruned.selection.lengths)
+    assert not got.out.equal(everything.out)
 
 
 @pytest.mark.parametrize("tail", [False, True])

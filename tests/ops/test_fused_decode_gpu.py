@@ -35,11 +35,13 @@ class Case(Paged):
         tokens = (self.seq_lens.double() * share).ceil().clamp(min=1).minimum(self.seq_lens.double()).int()
         longest = max(1, int(max(lengths) * share + 1))
         self.budget = Budget(tokens[:, None].expand(-1, self.heads).contiguous(), longest)
+        self.given = None
 
     def run(self, p, backend="cuda", *, lists=True, **options):
         return ops.fused_decode(
             self.q, self.k_pages, self.v_pages, self.shadow, self.vectors, self.table, self.seq_lens,
-            self.budget if self.vectors else None, p, lists=lists, means=self.means, backend=backend, **options,
+            self.budget if self.vectors else None, p, lists=lists, means=self.means, candidates=self.given,
+            backend=backend, **options,
         )  # fmt: skip
 
 
@@ -69,8 +71,10 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
         worst = ranked.masked_fill(~chosen | newest, torch.inf).amin(-1)
         best = ranked.masked_fill(chosen, -torch.inf).amax(-1)
         assert bool((worst >= best - 2e-3 * (1 + best.abs())).all())
-    else:
+    elif case.given is None:
         assert torch.equal(got.candidates.lengths, have[:, None].expand(-1, case.heads))
+    else:
+        assert got.candidates is case.given
 
     # What top-p keeps of their logits.
     clean = Selection(
@@ -87,7 +91,7 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
     weights = torch.softmax(logits.double(), -1).nan_to_num(0).unflatten(1, (case.heads, -1))
     mass = (weights * here.unsqueeze(2)).sum(-1)
     if max_tokens is None:
-        assert bool((mass >= p - 2e-3)[case.seq_lens > 0].all())
+        assert bool((mass >= p - 2e-3)[got.candidates.lengths > 0].all())
     reference = top_p_mask(logits, p, **bounds).unflatten(1, (case.heads, -1))
     union = reference.any(2)
     missing = (union & ~here).sum(-1)
@@ -99,7 +103,8 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
     assert bool((counts >= reference.sum(-1) - 2 - 0.01 * reference.sum(-1)).all())
     assert bool((counts <= got.pruned.selection.lengths[..., None]).all())
     if max_tokens is None:
-        assert bool((got.pruned.mass >= p - 1e-6)[case.seq_lens > 0].all())
+        per_head = got.pruned.mass.unflatten(1, (case.heads, -1))
+        assert bool((per_head >= p - 1e-6)[got.candidates.lengths > 0].all())
     # A head keeps its heaviest, so that their number says which they are, and what they weigh.
     ranked = weights.sort(-1, descending=True).values
     own = ranked.cumsum(-1).gather(-1, (counts.long() - 1).clamp(min=0)[..., None])[..., 0]
@@ -264,6 +269,82 @@ def test_without_lists_the_same_is_kept(vectors, lengths, options):
     torch.testing.assert_close(got.pruned.mass, want.pruned.mass, rtol=0, atol=2e-6)
     torch.testing.assert_close(got.lse, want.lse, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.out.float(), want.out.float(), rtol=1e-2, atol=2e-3)
+
+
+def given_case(lengths, *, share=0.5, **options):
+    case = Case(lengths, vectors=0, **options)
+    case.given = case.candidates(case.page, share=share)
+    return case
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim,page", [(64, 16), (128, 16), (128, 32), (256, 16)])
+@pytest.mark.parametrize("heads,group", [(2, 4), (1, 1), (3, 3), (2, 8)])
+def test_pages_that_somebody_has_chosen(dtype, dim, page, heads, group, tail):
+    check(
+        given_case([1, 54, 0, 97, 2048, 5003], dim=dim, page=page, heads=heads, group=group, dtype=dtype, tail=tail),
+        0.9,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=["plain", "bounded"])
+@pytest.mark.parametrize("share", [0.03, 0.3])
+@pytest.mark.parametrize("lengths", [[30000], [131071], [9000, 17, 4097], [3000] * 40, [1000 + i for i in range(70)]])
+def test_chosen_pages_in_every_size_of_cluster(lengths, share, options):
+    case = given_case(lengths, share=share, heads=8, tail=bool(options))
+    want = check(case, 0.9, **options)
+    got = case.run(0.9, lists=False, **options)
+    assert got.candidates.indices.shape[-1] == got.pruned.selection.indices.shape[-1] == 0
+    assert torch.equal(got.candidates.lengths, case.given.lengths)
+    assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
+    torch.testing.assert_close(got.out.float(), want.out.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_rows_for_which_nobody_has_chosen_a_page():
+    for lengths in ([20000, 300], [300] * 200):
+        case = given_case(lengths, heads=4)
+        case.given.lengths[0, 1] = case.given.lengths[1] = 0
+        got = case.run(0.9)
+        kept = got.pruned.selection
+        assert torch.equal(kept.lengths == 0, case.given.lengths == 0)
+        assert got.lse[1].isneginf().all() and (got.pruned.per_query_head[1] == 0).all()
+        listed = Selection(kept.indices.masked_fill(~kept.counted(), 0), kept.lengths)
+        out, lse = ops.sparse_attention(
+            case.q, case.k_pages, case.v_pages, case.table, case.seq_lens, listed, backend="torch"
+        )
+        torch.testing.assert_close(got.lse, lse, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(got.out.float(), out.float(), rtol=2e-2, atol=4e-3)
+
+
+def test_chosen_pages_behind_the_end_hold_no_token():
+    # As `Selection` allows: pages that the row, or even the table, does not have.
+    case = given_case([5000, 100], heads=2)
+    want = case.run(0.9)
+    indices, lengths = case.given.indices.clone(), case.given.lengths.clone()
+    for row, head in ((0, 0), (1, 1)):
+        n = int(lengths[row, head])
+        assert n + 2 <= indices.shape[-1]
+        indices[row, head, n : n + 2] = torch.tensor([case.table.shape[1] - (row == 1), 2**20], device="cuda")
+        lengths[row, head] = n + 2
+    case.given = Selection(indices, lengths, case.page)
+    got = case.run(0.9)
+    assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
+    torch.testing.assert_close(got.out.float(), want.out.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_replays_follow_pages_that_are_chosen_anew():
+    case = given_case([3000] * 40, heads=8)
+    case.run(0.9, lists=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = case.run(0.9, lists=False)
+    for share in (0.9, 0.02, 0.4):
+        other = case.candidates(case.page, share=share)
+        case.given.indices.copy_(other.indices), case.given.lengths.copy_(other.lengths)
+        graph.replay()
+        want = case.run(0.9, lists=False)
+        assert torch.equal(got.out, want.out) and torch.equal(got.candidates.lengths, other.lengths)
 
 
 def test_fewer_pages_than_blocks():

@@ -53,8 +53,8 @@ class FusedDecodeParams(ctypes.Structure):
         ("v_strides", ctypes.c_longlong * 2),
         *((name, ctypes.c_void_p) for name in (
             "q", "k_pages", "v_pages", "shadow", "codes", "code_params", "value_codes", "value_params", "page_table",
-            "seq_lens", "page_budget", "candidates", "candidate_lengths", "kept", "kept_lengths", "per_query_head",
-            "mass", "tail", "out", "lse",
+            "seq_lens", "page_budget", "given", "given_lengths", "candidates", "candidate_lengths", "kept",
+            "kept_lengths", "per_query_head", "mass", "tail", "out", "lse",
         )),
         *((name, ctypes.c_float) for name in ("sm_scale", "p", "bins_per_nat")),
         *((name, ctypes.c_int) for name in (
@@ -125,6 +125,7 @@ def fused_decode(
     max_tokens: int | None = None,
     means: MeanValues | None = None,
     new: NewTokens | None = None,
+    candidates: Selection | None = None,
     backend: Literal["auto", "cuda", "torch"] = "auto",
 ) -> FusedDecode:
     """Choose pages by their vectors, prune their tokens to the mass p, and attend to what is left.
@@ -148,6 +149,7 @@ def fused_decode(
         min_tokens, max_tokens: bounds of what one query head keeps; see `twilight.ops.top_p`.
         means: the mean value of every page, in 8 bits, if what is pruned shall leave a tail (`twilight.ops.tail`).
         new: tokens to append first. Two vectors of a page are then bounds of its keys, and one is their mean.
+        candidates: pages that have been chosen already, without a `log_weight`; no vectors and no budget then.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
     pool, kv_heads, page_size, dim = check_tensor("k_pages", k_pages, (None,) * 4, dtype=FLOAT_DTYPES).shape
@@ -168,6 +170,12 @@ def fused_decode(
         check_tensor("codes", vectors[0], (pool, kv_heads, None), device=device)
         check_tensor("params", vectors[1], (pool, kv_heads, 2), dtype=torch.float16, device=device)
         check_tensor("budget", budget.tokens, (batch, kv_heads), dtype=torch.int32, device=device)
+    if candidates is not None:
+        candidates.check_fits("candidates", batch, q.shape[1], kv_heads)
+        if vectors or budget is not None:
+            raise ValueError("candidates: expected no vectors and no budget beside them")
+        if candidates.granularity != page_size or candidates.log_weight is not None:
+            raise ValueError(f"candidates: expected pages of {page_size} tokens and no log_weight, got {candidates}")
     scale = dim**-0.5 if sm_scale is None else sm_scale
     if not 0.0 < scale < math.inf:
         raise ValueError(f"sm_scale: expected a positive number, got {sm_scale}")
@@ -185,8 +193,8 @@ def fused_decode(
         raise ValueError(f"codes: expected {dim} or {2 * dim} of each page, got {width}")
     pages = (k_pages, v_pages, shadow, vectors, page_table, seq_lens)
     rule = MassRule(p, min_tokens, max_tokens, means)
-    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget, means)):
-        return _cuda(q, *pages, budget, rule, scale, reduce, lists, new)
+    if kernels.use_kernel(backend, q.device, unsupported(q, *pages, budget, means, candidates)):
+        return _cuda(q, *pages, budget, rule, scale, reduce, lists, new, candidates)
     if new is not None:
         kept = widths[width]
         append(
@@ -200,7 +208,7 @@ def fused_decode(
             scores, budget.pages(page_size), seq_lens, granularity=page_size,
             capacity=budget.page_capacity(page_size), reduce=reduce, scale=scale, force_newest=True, backend="torch",
         )  # fmt: skip
-    else:
+    elif candidates is None:
         candidates = Selection.everything(
             seq_lens, kv_heads, max_seq_len=page_table.shape[1] * page_size, granularity=page_size
         )
@@ -228,6 +236,7 @@ def unsupported(
     seq_lens: torch.Tensor,
     budget: Budget | None,
     means: MeanValues | None = None,
+    candidates: Selection | None = None,
 ) -> str | None:
     """Say why the kernel cannot take these, or return None."""
     group, page_size, dim = q.shape[1] // k_pages.shape[1], k_pages.shape[2], q.shape[-1]
@@ -248,8 +257,10 @@ def unsupported(
         return "the mean values of the pages are not kept in 8 bits"
     if not all(part.is_contiguous() for part in (k_pages, v_pages, shadow, *vectors, *values)):
         return "the pages are not contiguous"
+    if candidates is not None and candidates.capacity == 0:
+        return "there are no candidates"
     if q.is_cuda:
-        shape = _shape(q, k_pages, vectors, page_table, budget, means)
+        shape = _shape(q, k_pages, vectors, page_table, budget, means, candidates)
         if _plan(*shape, q.get_device()) is None:
             return f"{shape[2]} candidate pages a row do not fit into the shared memory of a cluster"
     return None
@@ -262,10 +273,13 @@ def _shape(
     page_table: torch.Tensor,
     budget: Budget | None,
     means: MeanValues | None,
+    candidates: Selection | None,
 ) -> tuple[int, int, int, int, int, int, int, bool]:
     """Return rows, pages and candidate pages of a row, G, d, vectors of a page, P, and whether there is a tail."""
     dim, page_size, max_pages = q.shape[-1], k_pages.shape[2], page_table.shape[1]
-    capacity = min(budget.page_capacity(page_size), max_pages) if vectors and budget is not None else max_pages
+    capacity = max_pages if candidates is None else candidates.capacity
+    if vectors and budget is not None:
+        capacity = min(budget.page_capacity(page_size), max_pages)
     count = vectors[0].shape[-1] // dim if vectors else 0
     rows, group = q.shape[0] * k_pages.shape[1], q.shape[1] // k_pages.shape[1]
     return rows, max_pages, capacity, group, dim, count, page_size, means is not None
@@ -411,10 +425,11 @@ def _cuda(
     reduce: str,
     lists: bool,
     new: NewTokens | None,
+    given: Selection | None,
 ) -> FusedDecode:
     b, q_heads, dim = q.shape
     p, means = rule.p, rule.means
-    shape = _shape(q, k_pages, vectors, page_table, budget, means)
+    shape = _shape(q, k_pages, vectors, page_table, budget, means, given)
     rows, max_pages, capacity, group, _, count, page_size, _ = shape
     kv_heads, index, device = k_pages.shape[1], q.get_device(), q.device
     plan = _plan(*shape, index)
@@ -426,7 +441,8 @@ def _cuda(
     per_query_head = torch.empty((b, q_heads), dtype=torch.int32, device=device)
     mass = torch.empty((b, q_heads), dtype=torch.float32, device=device)
     lse = torch.empty((b, q_heads), dtype=torch.float32, device=device)
-    candidates = torch.empty((b, kv_heads, capacity if lists else 0), dtype=torch.int32, device=device)
+    listed = capacity if lists and given is None else 0
+    candidates = torch.empty((b, kv_heads, listed), dtype=torch.int32, device=device)
     kept = torch.empty((b, kv_heads, n if lists else 0), dtype=torch.int32, device=device)
     lost = None
     if means is not None:
@@ -435,6 +451,7 @@ def _cuda(
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, page_table, seq_lens = q.contiguous(), page_table.contiguous(), seq_lens.contiguous()
     page_budget = budget.pages(page_size).contiguous() if vectors and budget is not None else None
+    chosen = () if given is None else (given.indices.contiguous(), given.lengths.contiguous())
     added: tuple[torch.Tensor, ...] = ()
     if new is not None:
         added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
@@ -448,7 +465,8 @@ def _cuda(
         vectors[0].data_ptr() if vectors else None, vectors[1].data_ptr() if vectors else None,
         *((None, None) if means is None else (part.data_ptr() for part in means.values)),
         page_table.data_ptr(), seq_lens.data_ptr(), None if page_budget is None else page_budget.data_ptr(),
-        candidates.data_ptr() if lists else None, candidate_lengths.data_ptr(), kept.data_ptr() if lists else None,
+        *((part.data_ptr() for part in chosen) if chosen else (None, None)),
+        candidates.data_ptr() if listed else None, candidate_lengths.data_ptr(), kept.data_ptr() if lists else None,
         kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
         None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
@@ -456,7 +474,7 @@ def _cuda(
         plan.entries, min(rule.min_tokens, _NO_LIMIT), most, plan.layout, late, late_ns,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
-    pages = Selection(candidates, candidate_lengths, page_size)
+    pages = given if given is not None and lists else Selection(candidates, candidate_lengths, page_size)
     tail = None if means is None else Tail(replace(pages, log_weight=lost), means)
     return FusedDecode(out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass, tail), pages)
 
