@@ -48,7 +48,8 @@ struct AttentionParams {
 enum Tail { NoTail = 0, NativeTail = 1, PackedTail = 2 };
 constexpr u32 kTailTile = 0x80000000u;  // beside the 16 bits of a tile's mask
 
-// floor(n / d) by 1 / d, for n below 2^21: (n + 0.5) / d is at least 0.5 / d from any integer, and rounding moves it by less. An integer division is 20 instructions.
+// floor(n / d) by 1 / d, for n up to 1.4 million: (n + 0.5) / d is at least 0.5 / d from any integer, and rounding, 2 ulp of the reciprocal among it, moves it by less. An
+// integer division is 20 instructions.
 __device__ __forceinline__ int divide(int n, float inverse) { return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse); }
 
 template <bool kSparse, int kTail>
@@ -85,7 +86,7 @@ struct Line {
   __device__ Line(int total, u32 blocks)
       : length(static_cast<u32>(total) / blocks), extra(static_cast<u32>(total) - length * blocks), per_block(__fdividef(1.f, static_cast<float>(blocks))),
         per_tile(__fdividef(static_cast<float>(blocks), static_cast<float>(total))) {}
-  __device__ int begin(u32 block) const { return static_cast<int>(block * length) + divide(static_cast<int>(block * extra), per_block); }  // 1448 blocks at most
+  __device__ int begin(u32 block) const { return static_cast<int>(block * length) + divide(static_cast<int>(block * extra), per_block); }  // 1180 blocks at most
   __device__ u32 owner(int tile) const {  // the float is right, or one off
     u32 block = static_cast<u32>(static_cast<float>(tile) * per_tile);
     while (begin(block) > tile) --block;

@@ -224,8 +224,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int i = threadIdx.x; i < entries; i += kThreads) {
       int page = runs ? before + i : cluster.nth(i);
       if (Vectors == 0 && p.given != nullptr) page = p.given[static_cast<long long>(row) * p.capacity + page];
-      logical[i] = page;
-      cp_async4(physical + i, table + min(static_cast<u32>(page), static_cast<u32>(real - 1)));  // behind the end no token counts
+      logical[i] = min(static_cast<u32>(page), static_cast<u32>(real));  // behind the end no token counts
+      cp_async4(physical + i, table + min(static_cast<u32>(page), static_cast<u32>(real - 1)));
     }
     cp_async_commit(), cp_async_wait<0>();
   }

@@ -98,10 +98,11 @@ def test_spills_fail_also_when_they_were_found_before(site, compiled, capsys):
         assert main(["kernels", "compile", "--stem", "dense_attention", "--arch", "sm_90"]) == 1
         captured = capsys.readouterr()
         assert "dense_attention.cu" in captured.out
-        first = dict(kernels.instantiations())["dense_attention"][0]
-        assert captured.err.splitlines()[-14:][0].endswith(f"{first}: 60 registers, 0 B smem, 44 B SPILLED, 0 B LOCAL")
+        all_of = dict(kernels.instantiations())["dense_attention"]
+        first = captured.err.splitlines()[-len(all_of)]
+        assert first.endswith(f"{all_of[0]}: 60 registers, 0 B smem, 44 B SPILLED, 0 B LOCAL")
         assert "error: kernels use local memory:\n" in captured.err
-    assert len(compiled["units"]) == 3  # 14 instantiations in units of 6, once
+    assert len(compiled["units"]) == -(-len(all_of) // 6)  # in units of 6, once
 
 
 @pytest.mark.parametrize(

@@ -116,11 +116,12 @@ def test_such_a_subclass_is_asked(device):
         kept = steps[0].pruned.selection
         assert int(kept.lengths.min()) > 0
         if isinstance(pruner, Halved):
-            assert not steps[0].one_launch and float(steps[0].pruned.mass.mean()) < 0.6
+            assert not steps[0].one_after_select and float(steps[0].pruned.mass.mean()) < 0.6
         else:  # its pages, and the rest in one launch
-            assert steps[0].one_launch and steps[0].candidates.capacity == 1
+            assert steps[0].one_after_select and steps[0].candidates.capacity == 1
             pages = (kept.indices // 16).masked_fill(~kept.counted(), -1)
             assert bool(((pages == steps[0].candidates.indices) | ~kept.counted()).all())
+        assert not steps[0].one_launch
 
 
 class Finished(Quest):
@@ -176,7 +177,10 @@ def test_pages_of_any_selector_are_pruned_and_attended_to_in_one_launch(selector
     want, want_lse = ops.sparse_attention(
         q, layer.k_pages, layer.v_pages, layer.page_table, layer.seq_lens, listed, tail=tail, backend="torch"
     )
-    if not isinstance(selector, Finished):
+    assert steps[0].one_after_select == (names[-1] == "fused_decode") and not steps[0].one_launch
+    if isinstance(selector, Finished):
+        assert (out == kept.lengths.sum()).all()
+    else:
         torch.testing.assert_close(out.float(), want.float(), rtol=2e-2, atol=8e-3)
         torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=2e-3)
 

@@ -36,7 +36,8 @@ class Step:
             or where one launch did it all.
         out: `[b, Hq, d]`, the result.
         lse: `[b, Hq]` float32.
-        one_launch: one kernel did all stages, or all after `select`.
+        one_launch: one kernel did all stages.
+        one_after_select: one kernel did all stages after `select`.
     """
 
     q: torch.Tensor
@@ -47,6 +48,7 @@ class Step:
     out: torch.Tensor
     lse: torch.Tensor
     one_launch: bool = False
+    one_after_select: bool = False
 
 
 class TwilightAttention:
@@ -141,7 +143,7 @@ class TwilightAttention:
         candidates = self.selector.select(q, layer, layer.budget(self.budget))
         step = self._one_launch(q, layer, candidates=candidates)
         if step is not None:
-            return self._record(q, layer, step)
+            return self._record(q, layer, step, after_select=True)
         logits = None
         if self.pruner.needs_logits:
             # Half the bytes on a GPU, where they are written and read again; below the error of a 4-bit key.
@@ -162,9 +164,12 @@ class TwilightAttention:
         out, lse = self.selector.finish(q, layer, kept.selection, out, lse)
         return self._show(Step(q, layer, candidates, kept, logits, out, lse))
 
-    def _record(self, q: torch.Tensor, layer: LayerCache, step: FusedDecode) -> tuple[torch.Tensor, torch.Tensor]:
+    def _record(
+        self, q: torch.Tensor, layer: LayerCache, step: FusedDecode, *, after_select: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.stats.sparse(layer, self.selector, step.candidates, step.pruned, estimated=True)
-        return self._show(Step(q, layer, step.candidates, step.pruned, None, step.out, step.lse, True))
+        how = (not after_select, after_select)
+        return self._show(Step(q, layer, step.candidates, step.pruned, None, step.out, step.lse, *how))
 
     def _show(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         if self.observer is not None:

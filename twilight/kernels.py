@@ -81,6 +81,10 @@ class Kernel:
             clusters.allow_large(self._function)
             self._max_cluster = max_cluster
 
+    def resident(self, threads: int, smem: int) -> int:
+        """Return how many blocks of these threads and bytes of dynamic shared memory a multiprocessor runs at once."""
+        return _resident(self, threads, smem)
+
     def launch(
         self,
         grid: tuple[int, int, int],
@@ -117,6 +121,14 @@ class Kernel:
             clusters.launch(self._function, grid, block, smem, self._stream(device), pointer, cluster)
         else:
             self._driver_launch(self._function, *grid, *block, smem, self._stream(device), ctypes.addressof(pointer), 0)
+
+
+@functools.cache
+def _resident(kernel: Kernel, threads: int, smem: int) -> int:
+    from cupy_backends.cuda.api import driver
+
+    with torch.cuda.device(kernel._device):
+        return int(driver.occupancyMaxActiveBlocksPerMultiprocessor(kernel._function, threads, smem))
 
 
 def available(device: torch.device) -> bool:

@@ -210,9 +210,9 @@ class Selector:
         """Say that `select` is a ranking of pages, which one kernel can then do together with the stages after it.
 
         None by default. A selector that returns a ranking promises that `select` chooses the same pages: the best
-        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage,
-        and so is one whose class overrides `select` alone. When it is asked the newest token may not have been written
-        yet, though lengths count it: name tensors here, and leave it to the kernel to read them.
+        `budget.pages(P)` of them, the newest always among these. One that overrides `finish` is asked stage by stage;
+        of one whose class overrides `select` alone `select` is asked. Of `ranking` it is asked when the newest token
+        may not have been written, though lengths count it: name tensors, and leave it to the kernel to read them.
         """
         return None
 

@@ -74,7 +74,8 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
     elif case.given is None:
         assert torch.equal(got.candidates.lengths, have[:, None].expand(-1, case.heads))
     else:
-        assert got.candidates is case.given
+        assert got.candidates.indices is case.given.indices
+        assert torch.equal(got.candidates.lengths, case.given.lengths)
 
     # What top-p keeps of their logits.
     clean = Selection(
@@ -325,12 +326,22 @@ def test_chosen_pages_behind_the_end_hold_no_token():
     for row, head in ((0, 0), (1, 1)):
         n = int(lengths[row, head])
         assert n + 2 <= indices.shape[-1]
-        indices[row, head, n : n + 2] = torch.tensor([case.table.shape[1] - (row == 1), 2**20], device="cuda")
-        lengths[row, head] = n + 2
+        behind = [case.table.shape[1] - (row == 1), 2**20, 2**28, 2**31 - 1, -1][: indices.shape[-1] - n]
+        assert len(behind) == 5
+        indices[row, head, n : n + 5] = torch.tensor(behind, device="cuda")
+        lengths[row, head] = n + 5
     case.given = Selection(indices, lengths, case.page)
     got = case.run(0.9)
     assert torch.equal(got.pruned.selection.lengths, want.pruned.selection.lengths)
     torch.testing.assert_close(got.out.float(), want.out.float(), rtol=1e-2, atol=2e-3)
+
+
+def test_pages_chosen_of_a_sequence_without_a_token():
+    case = given_case([300, 0], heads=2, tail=True)
+    case.given.lengths[1], case.given.indices[1] = 3, 0
+    got = case.run(0.9)
+    assert (got.candidates.lengths[1] == 0).all() and (got.pruned.tail.pages.lengths[1] == 0).all()
+    assert got.lse[1].isneginf().all() and (got.out[1] == 0).all()
 
 
 def test_replays_follow_pages_that_are_chosen_anew():

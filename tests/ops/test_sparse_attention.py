@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import oracles
-from twilight import Selection, ops
+from twilight import Selection, kernels, ops
+from twilight.attention import why_reference
 
 DIM = 8
 LENGTHS = [37, 1, 0, 16, 20]
@@ -161,8 +163,13 @@ def test_blocks_follow_rows_and_shared_memory(
 
 def test_more_rows_than_floats_divide_are_left_to_torch() -> None:
     module = importlib.import_module("twilight.ops.sparse_attention")
-    pages = torch.zeros(1, 1, 16, 64, dtype=torch.float16)
-    q = torch.zeros(1, dtype=torch.float16).expand(2**20, 1, 64)
-    assert module.unsupported_attention(q, pages, pages) is None
-    more = torch.zeros(1, dtype=torch.float16).expand(2**20 + 1, 1, 64)
-    assert "1048576 query heads" in module.unsupported_attention(more, pages, pages)
+    heads = torch.zeros(1, dtype=torch.float16)
+    assert module.too_many_rows(heads.expand(2**20, 1, 64)) is None
+    assert "1048576 query heads" in module.too_many_rows(heads.expand(2**20 + 1, 1, 64))
+
+
+def test_a_large_cache_runs_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "available", lambda device: True)
+    pool = torch.empty(2**17, 8, 16, 128, dtype=torch.bfloat16, device="meta")  # 4 GB of keys, 2 million slots
+    layer = SimpleNamespace(seq_lens=torch.zeros(1, dtype=torch.int32), k_pages=pool, v_pages=pool)
+    assert why_reference(layer) is None  # type: ignore[arg-type]

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 
 from twilight import kernels
 from twilight.checks import FLOAT_DTYPES, check_tensor
-from twilight.ops.sparse_attention import CONFIGS, AttentionParams, launch_attention, unsupported_attention
+from twilight.ops.sparse_attention import (
+    CONFIGS,
+    AttentionParams,
+    launch_attention,
+    too_many_rows,
+    unsupported_attention,
+)
 
 STRUCTS = (AttentionParams,)
 INSTANTIATIONS = tuple(
@@ -125,4 +131,4 @@ def _unsupported(
     """Say why the kernel cannot take these, or return None."""
     if q.shape[1] != 1 or new_tokens is not None:
         return f"q has {q.shape[1]} tokens a sequence, or new_tokens is given; the kernel takes one token of each"
-    return unsupported_attention(q, k_pages, v_pages)
+    return unsupported_attention(q, k_pages, v_pages) or too_many_rows(q)

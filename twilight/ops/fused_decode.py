@@ -474,7 +474,9 @@ def _cuda(
         plan.entries, min(rule.min_tokens, _NO_LIMIT), most, plan.layout, late, late_ns,
     )  # fmt: skip
     kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
-    pages = given if given is not None and lists else Selection(candidates, candidate_lengths, page_size)
+    # Lengths as the kernel counted them: of a sequence without a token there is nothing, whatever was chosen.
+    listed_pages = given.indices if given is not None and lists else candidates
+    pages = Selection(listed_pages, candidate_lengths, page_size)
     tail = None if means is None else Tail(replace(pages, log_weight=lost), means)
     return FusedDecode(out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass, tail), pages)
 

@@ -99,7 +99,9 @@ def sparse_attention(
         tail.pages.check_fits("tail.pages", seq_lens.shape[0], q.shape[1], k_pages.shape[1])
         check_tensor("tail.means.values[0]", tail.means.values[0], (*k_pages.shape[:2], k_pages.shape[3]))
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    unsupported = unsupported_attention(q, k_pages, v_pages) or _unsupported_lists(selection, tail, k_pages)
+    unsupported = (
+        unsupported_attention(q, k_pages, v_pages) or too_many_rows(q) or _unsupported_lists(selection, tail, k_pages)
+    )
     if kernels.use_kernel(backend, q.device, unsupported):
         return launch_attention(q, k_pages, v_pages, page_table, seq_lens, selection, scale, tail=tail)
     return _torch(q, k_pages, v_pages, page_table, seq_lens, selection, scale, tail)
@@ -158,6 +160,11 @@ def unsupported_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch
         return "the pages are not contiguous"
     if k_pages.numel() // k_pages.shape[-1] >= 2**31:
         return "the cache has 2**31 rows or more"
+    return None
+
+
+def too_many_rows(q: torch.Tensor) -> str | None:
+    """Say that a batch has more rows than the kernel can count, or return None."""
     if q.numel() // q.shape[-1] > _MAX_ROWS:
         return f"there are more than {_MAX_ROWS} query heads of all sequences together"
     return None
@@ -182,7 +189,7 @@ def _unsupported_lists(selection: Selection, tail: Tail | None, k_pages: torch.T
 
 @functools.cache
 def choose_config(dim: int, rows: int, index: int) -> tuple[int, int, int]:
-    """Return (warps, stages, blocks a multiprocessor) for a head_dim and a number of rows on a device.
+    """Return (warps, stages, blocks a multiprocessor by shared memory) for a head_dim and some rows on a device.
 
     Few rows, each cut among many blocks, want the most bytes under way a block: parts are joined at the end, and each
     more costs. Many rows want the most warps, which have less to wait for where a row ends. Two warps a block are for
@@ -226,9 +233,18 @@ def launch_attention(
     group = q_heads // kv_heads
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
-    rows = b * kv_heads * -(-group // HEADS_PER_ROW)
-    warps, stages, per_sm = config or choose_config(dim, rows, q.get_device())
-    blocks = min(kernels.num_sms(q.get_device()) * per_sm, _MAX_BLOCKS)
+    rows, device = b * kv_heads * -(-group // HEADS_PER_ROW), q.get_device()
+    warps, stages, per_sm = config or choose_config(dim, rows, device)
+    flags = ""
+    if selection is not None:
+        flags = ", false" if selection.log_weight is None else ", true"
+        if tail is not None:
+            flags = f", false, {len(tail.means.values)}"
+    stem = "dense_attention" if selection is None else "sparse_attention"
+    kernel, smem = _kernel(stem, q.dtype, dim, warps, stages, flags, device), ring_bytes(dim, warps, stages)
+    # Registers may hold fewer: a block too many would begin when all others have ended.
+    per_sm = min(per_sm, kernel.resident(32 * warps, smem))
+    blocks = min(kernels.num_sms(device) * per_sm, _MAX_BLOCKS)
     # Two rows of a block can be shared with others, each with up to 8 heads: O, then (m, l).
     partial = torch.empty(2 * blocks * HEADS_PER_ROW * (dim + 2), dtype=torch.float32, device=q.device)
     state = partial.data_ptr() + 4 * 2 * blocks * HEADS_PER_ROW * dim
@@ -241,15 +257,12 @@ def launch_attention(
         scale / math.log(2), 1 / kv_heads, b, kv_heads, group, page_size.bit_length() - 1, page_table.shape[1], 0, 0,
         warps if min_tiles is None else min_tiles, 0,
     )  # fmt: skip
-    if selection is None:
-        kernel = _kernel("dense_attention", q.dtype, dim, warps, stages, "", q.get_device())
-    else:
+    if selection is not None:
         indices, lengths = selection.indices.contiguous(), selection.lengths.contiguous()
         weights = None if selection.log_weight is None else selection.log_weight.contiguous()
         params.indices, params.lengths = indices.data_ptr(), lengths.data_ptr()
         params.log_weight = None if weights is None else weights.data_ptr()
         params.capacity, params.granularity_shift = selection.capacity, selection.granularity.bit_length() - 1
-        flags = ", false" if weights is None else ", true"
         if tail is not None:
             pages, pseudo_logits = tail.pages, tail.pages.log_weight
             assert pseudo_logits is not None
@@ -260,9 +273,7 @@ def launch_attention(
             params.tail_indices, params.tail_lengths = listed.data_ptr(), counts.data_ptr()
             params.tail_logits, params.tail_values = pseudo_logits.data_ptr(), tail.means.values[0].data_ptr()
             params.tail_params = tail.means.values[1].data_ptr() if len(tail.means.values) == 2 else None
-            flags = f", false, {len(tail.means.values)}"
-        kernel = _kernel("sparse_attention", q.dtype, dim, warps, stages, flags, q.get_device())
-    kernel.launch((blocks, 1, 1), (32 * warps, 1, 1), params, ring_bytes(dim, warps, stages))
+    kernel.launch((blocks, 1, 1), (32 * warps, 1, 1), params, smem)
     return out, lse
 
 

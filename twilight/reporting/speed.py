@@ -110,7 +110,8 @@ def stages(found: Sequence[Timing]) -> list[Picture]:
             "Each bar is a batch and a context length, as a share of dense attention's time at the same size: left "
             "of the dashed line is faster than dense. Stages are timed apart, so that together they can take a "
             "little more or less than the whole, which the black mark shows, and its time and ratio beside it. "
-            "Methods that do all in one launch have no stages and are not here."
+            "What one launch does has no stages: methods that do all in one are not here, and of those that select "
+            "before it only that is."
         )
         stem = "stages" if len(groups) == 1 else f"stages-{len(pictures) + 1}"
         pictures.append(Picture(stem, "Time per stage", caption, figure))

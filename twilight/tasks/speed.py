@@ -22,6 +22,8 @@ from twilight.geometry import Geometry
 from twilight.selector import Selector
 from twilight.tasks import TaskResult
 
+_STAGES = ("select", "estimate", "prune", "attend")
+
 _FILLED: dict[Any, Any] = {}
 """The last workload and what dense kernels took over it: runs that differ in p share both."""
 
@@ -61,13 +63,10 @@ def run(cfg: DictConfig) -> TaskResult:
         attention = TwilightAttention(selector, pruner, budget)
         method = methods.Method(selector.name, attention)
         timed = methods.measure_method(method, work, static, cell, task.repeats)
-    reading, one_launch = _read(attention, work, workloads.layers_of(static))
+    reading, apart = _read(attention, work, workloads.layers_of(static))
     bandwidth = steps.floor_bandwidth(device, task.bandwidth, gpu, lambda line: None)
     total = timed["total"]["us"]
-    stages = {
-        f"{name}_us": timed[name]["us"] if name in timed and not one_launch else None
-        for name in ("select", "estimate", "prune", "attend")
-    }
+    stages = {f"{name}_us": timed[name]["us"] if name in timed and name in apart else None for name in _STAGES}
     moved = sum(timed["bytes"].values())
     columns = reading.columns(dict.fromkeys(range(len(static.layers)), "sparse"))
     for name in ("kv_bytes", "dense_kv_bytes"):
@@ -114,16 +113,16 @@ def _device(cfg: DictConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
-def _read(attention: TwilightAttention, work: Any, layers: Any) -> tuple[Reading, bool]:
-    """Do a step of each layer once more, and return what was read and whether one launch did it."""
-    seen: list[bool] = []
+def _read(attention: TwilightAttention, work: Any, layers: Any) -> tuple[Reading, tuple[str, ...]]:
+    """Do a step of each layer once more, and return what was read and which stages were launches of their own."""
+    seen: list[tuple[str, ...]] = []
 
     def look(step: Step) -> None:
-        seen.append(step.one_launch)
+        seen.append(() if step.one_launch else _STAGES[:1] if step.one_after_select else _STAGES)
 
     attention.stats.enabled, attention.observer = True, look
     for q, layer in zip(work.queries, layers, strict=True):
         attention.attend(q, layer)
     reading = Reading()
     reading.add(attention.stats.records)
-    return reading, all(seen)
+    return reading, max(seen, key=len)
