@@ -137,6 +137,16 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=fewer)
 
 
+def test_lists_without_room_for_a_page_are_for_the_stages():
+    geometry = Geometry(1, 4, 2, 64, dtype=torch.float16, device=torch.device("cpu"))
+    layer = fill(geometry, [20], Full())[0].layers[0]
+    pages = (layer.k_pages, layer.v_pages, layer.shadow, (), layer.page_table, layer.seq_lens)
+    q, lengths = torch.zeros(1, 4, 64, dtype=torch.float16), torch.zeros(1, 2, dtype=torch.int32)
+    for capacity, said in ((0, "there are no candidates"), (1, None)):
+        given = Selection(torch.zeros(1, 2, capacity, dtype=torch.int32), lengths, 16)
+        assert fused.unsupported(q, *pages, None, None, given) == said
+
+
 def test_pages_that_are_given_are_the_candidates():
     geometry = Geometry(1, 6, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
     layer = fill(geometry, [300, 1, 47], Quest())[0].layers[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from twilight import kernels
+from twilight import TwilightAttention, kernels
 from twilight.cli import main
 from twilight.errors import UnsupportedModelError
 
@@ -38,6 +40,16 @@ def test_every_selector_that_needs_no_prompt_runs(run_task):
     # Without a pruner there is nothing to estimate.
     (row,) = run_task(*SMALL, "pruner=none").rows
     assert row["estimate_us"] is row["prune_us"] is None and row["b1_query"] == row["b0"]
+
+
+@pytest.mark.parametrize("how, apart", [("one_launch", ()), ("one_after_select", ("select_us",))])
+def test_what_one_launch_does_has_no_times_of_its_own(how, apart, run_task, monkeypatch):
+    show = TwilightAttention._show
+    monkeypatch.setattr(TwilightAttention, "_show", lambda self, step: show(self, replace(step, **{how: True})))
+    (row,) = run_task(*SMALL, "p=0.9").rows
+    for name in ("select_us", "estimate_us", "prune_us", "attend_us"):
+        assert (row[name] is not None) == (name in apart)
+    assert row["total_us"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and kernels.available(torch.device("cuda")), reason="there is a GPU")
