@@ -3,15 +3,6 @@
 
 #include "attention_rows.cuh"
 
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// m and l of the softmax in base 2. An empty state is (-inf, 0); `finite_max` keeps -inf - -inf out of exponents.
-__device__ __forceinline__ float finite_max(float m) { return m == -inf() ? 0.f : m; }
-
 // Four channels of a head's output, from d on, and its lse.
 template <typename T, int D>
 __device__ __forceinline__ void finish(const AttentionParams& p, int head, int d, const float (&x)[4], float top, float sum) {

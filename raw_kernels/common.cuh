@@ -19,6 +19,12 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float inf() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ float finite_max(float m) { return m == -inf() ? 0.f : m; }  // of a softmax in base 2 so far; keeps -inf - -inf out of its exponents
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 template <typename A, typename B>
 __host__ __device__ constexpr auto ceil_div(A a, B b) {

@@ -63,7 +63,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         best = fmaxf(best, x[h][c]);
       }
     rescale(o, top, sum, best);
-    const float base = finite_top(top);
+    const float base = finite_max(top);
     float w[2][2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)

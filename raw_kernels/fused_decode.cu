@@ -15,12 +15,14 @@
 // At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
 // turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
 // Where the list itself is asked for, pages are handed out in runs instead, so that it comes out in order.
-// Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
+// A list of tokens that somebody else has chosen is dealt out in tiles of 16, as pages are, and all after `select` is the same; 4 bytes of shared memory a token say where it lies.
+// Floor: V*d + 4 bytes a page, d/2 + 4 bytes a candidate, and 4 more where it is one of a list, 4*d bytes a kept token: 260, 68 and 512 at d=128, V=2.
 #include "fused_append.cuh"
 #include "fused_attend.cuh"
 #include "fused_bounds.cuh"
 #include "fused_scores.cuh"
 #include "fused_select.cuh"
+#include "fused_tokens.cuh"
 #include "fused_top_p.cuh"
 
 // Where things lie in dynamic shared memory, as `fused_decode.py` lays them out. All blocks should leave 92 of a multiprocessor's 256 KB to its L1, where loads
@@ -28,7 +30,7 @@
 struct Layout {
   int numbers;        // behind the scores of pages (float): numbers of this block's pages
   int keys;           // then the keys of all (u32)
-  int list;           // this block's candidates: logical and physical numbers
+  int list;           // this block's candidates: logical and physical numbers of pages; or of tokens, rows of K (u32)
   int keep;           // who is kept (a byte for eight). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
   int bins;           // histograms; after them the mass that each page has lost (float)
   // Other blocks write to what follows; nobody may write elsewhere who does not know how far this block is.
@@ -49,12 +51,12 @@ struct FusedDecodeParams {
   const int* page_table;     // [b, max_pages]
   const int* seq_lens;       // [b]
   const int* page_budget;    // [b, Hkv]
-  const int* given;          // [b, Hkv, capacity], pages that somebody else has chosen, V = 0 only; or null
+  const int* given;          // [b, Hkv, capacity], pages or tokens that somebody else has chosen, V = 0 only; or null
   const int* given_lengths;  // [b, Hkv]
   // outputs
   int* candidates;           // [b, Hkv, capacity] or null
   int* candidate_lengths;    // [b, Hkv]
-  int* kept;                 // [b, Hkv, capacity * P] or null, positions, ascending; not written past the length
+  int* kept;                 // [b, Hkv, tokens of the candidates] or null, positions, ascending; not written past the length
   int* kept_lengths;         // [b, Hkv]
   int* per_query_head;       // [b, Hq]
   float* mass;               // [b, Hq]
@@ -70,10 +72,10 @@ struct FusedDecodeParams {
   int kv_heads;
   int group;
   int max_pages;
-  int capacity;              // pages
+  int capacity;              // pages, or tokens where these are given
   int page_shift;            // log2 P, 4 or 5
   int page_share;            // pages of a block at most, a multiple of 16
-  int entry_share;           // candidate pages of a block at most
+  int entry_share;           // candidate pages of a block at most, or tiles of 16 tokens
   int min_tokens;            // that a query head keeps at least, and at most
   int max_tokens;
   Layout at;
@@ -86,9 +88,10 @@ CHECK_PARAMS(FusedDecodeParams);
 template <int D, int Tiles>
 constexpr int kTokenBatch = D == 256 || Tiles == 2 ? 2 : 4;
 
-// 16 warps a block where there is one block a multiprocessor, else 8.
-template <int D, int Tiles, int Vectors, int kWarps>
+// 16 warps a block where there is one block a multiprocessor, else 8. kListed: tokens are given.
+template <int D, int Tiles, int Vectors, int kWarps, bool kListed>
 __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
+  static_assert(!kListed || Vectors == 0, "they have been chosen");
   constexpr int kThreads = kWarps * kWarp, kMaxHeads = 4 * Tiles;
   extern __shared__ __align__(16) unsigned char smem[];
   __shared__ __align__(16) u8 s_query[24 * Tiles * D];  // its codes, then the query itself; at a place that no register has to hold
@@ -100,6 +103,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
   const int lane = lane_id(), warp = uniform_warp_id();
   const int page_size = 1 << p.page_shift, first_head = row * p.group;
+  const int entry_shift = kListed ? 4 : p.page_shift;  // log2 of the tokens of an entry
   float* const scores = reinterpret_cast<float*>(smem);
   half* const logits = reinterpret_cast<half*>(smem);
   u32* const keys = reinterpret_cast<u32*>(smem + p.at.keys);
@@ -107,6 +111,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   int* const numbers = reinterpret_cast<int*>(smem + p.at.numbers);
   int* const logical = reinterpret_cast<int*>(smem + p.at.list);
   int* const physical = logical + p.entry_share;
+  u32* const located = reinterpret_cast<u32*>(logical);  // of tokens
   u32* const bins = reinterpret_cast<u32*>(smem + p.at.bins);
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
   // [blocks][kMaxHeads], two of them, and [blocks].
@@ -214,14 +219,20 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     }
   }
   const bool all_pages = !chosen();
-  if (all_pages) taken = wanted();
+  if (all_pages) taken = kListed ? ceil_div(budget, kTile) : wanted();
   const int per_block = (taken + blocks - 1) >> cluster.shift;
   const int before = rank * per_block;  // with runs, the entries of the blocks before
   if (all_pages) {                      // all of them, those that are given, or the first ones for a budget that no selector filled
     if (blocks > 1) cluster.wait();
     entries = runs ? max(min(per_block, taken - before), 0) : cluster.share(taken);
+    if constexpr (kListed) {
+      locate_tokens<kThreads>(located, entries, min(seq_len, real << p.page_shift), table, p.page_shift, p.kv_heads, kv_head, [&](int i) {
+        const int at = (runs ? before + i / kTile : cluster.nth(i / kTile)) * kTile + i % kTile;
+        return at < budget ? p.given[static_cast<long long>(row) * p.capacity + at] : -1;
+      });
+    }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < entries; i += kThreads) {
+    for (int i = threadIdx.x; !kListed && i < entries; i += kThreads) {
       int page = runs ? before + i : cluster.nth(i);
       if (Vectors == 0 && p.given != nullptr) page = p.given[static_cast<long long>(row) * p.capacity + page];
       logical[i] = min(static_cast<u32>(page), static_cast<u32>(real));  // behind the end no token counts
@@ -229,25 +240,27 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     }
     cp_async_commit(), cp_async_wait<0>();
   }
-  if (rank == 0 && threadIdx.x == 0) p.candidate_lengths[row] = taken;
+  if (rank == 0 && threadIdx.x == 0) p.candidate_lengths[row] = kListed ? budget : taken;
   __syncthreads();
-  if (p.candidates) {
+  if (!kListed && p.candidates) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < entries; i += kThreads) p.candidates[static_cast<long long>(row) * p.capacity + before + i] = logical[i];
   }
 
   // ---- logits ----
-  const int pitch = p.entry_share << p.page_shift, size = entries << p.page_shift;
+  const int pitch = p.entry_share << entry_shift, size = entries << entry_shift;
   {
     float2 state[kOwned];
 #pragma unroll
     for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
-    score_tokens<D, Tiles, kWarps, kTokenBatch<D, Tiles>>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head,
-                                                   [&](int slot, int g, int nth, float logit) {
-                                                     const half rounded = to_half_clamped(logit);
-                                                     if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
-                                                     include(state[nth], to_float(rounded));
-                                                   });
+    const auto take = [&](int slot, int g, int nth, float logit) {
+      const half rounded = to_half_clamped(logit);
+      if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
+      include(state[nth], to_float(rounded));
+    };
+    constexpr int kBatch = kTokenBatch<D, Tiles>;
+    if constexpr (kListed) score_listed<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, located, entries, p.page_shift, take);
+    else score_tokens<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head, take);
     join_lanes<Tiles>(state, s_warps[uniform_warp_id()]);
   }
   __syncthreads();
@@ -266,8 +279,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   cp_async_commit();
 
   // ---- top-p ----
-  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << p.page_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums);
-  if (p.min_tokens > 1 || p.max_tokens < taken << p.page_shift) {
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums);
+  if (p.min_tokens > 1 || p.max_tokens < taken << entry_shift) {
     bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1));
   }
   Chunks own;
@@ -276,7 +289,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
-  if (p.value_codes) {
+  if (!kListed && p.value_codes) {
     tail.codes = p.value_codes + kv_head * D, tail.params = p.value_params + kv_head, tail.count = entries;
     weigh_pruned<kThreads, kMaxHeads>(s_top_p, logits, pitch, entries, p.page_shift, p.group, keep, reinterpret_cast<float*>(bins),
                                       p.tail ? p.tail + static_cast<size_t>(head_again()) * p.capacity + before : nullptr, p.capacity);
@@ -288,7 +301,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   int* kept = nullptr;
   int kept_before = 0;
   if (runs) {
-    kept = p.kept + (static_cast<long long>(row) * p.capacity << p.page_shift);
+    kept = p.kept + (static_cast<long long>(row) * p.capacity << (kListed ? 0 : p.page_shift));
     if (threadIdx.x < blocks) AnyCluster::store(AnyCluster::address(totals() + rank, threadIdx.x), static_cast<u32>(kept_here));
     cluster.sync();
 #pragma unroll 1
@@ -298,6 +311,15 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   for (int chunk = own.first; chunk < own.end; chunk += own.stride) {
     u32 mine = keep[chunk];
     if (mine == 0) continue;
+    if constexpr (kListed) {
+      do {
+        const int i = chunk * 8 + __ffs(mine) - 1;
+        mine &= mine - 1;
+        if (kept) kept[kept_before + at] = p.given[static_cast<long long>(row) * p.capacity + before * kTile + i];
+        places[at++] = located[i];
+      } while (mine);
+      continue;
+    }
     const int entry = chunk * 8 >> p.page_shift, offset = chunk * 8 & (page_size - 1);  // one page has all eight
     const int place = ((physical[entry] * p.kv_heads + kv_head) << p.page_shift) + offset, position = (logical[entry] << p.page_shift) + offset;
     do {
@@ -353,7 +375,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     for (int w = 0; w < kWarps; ++w) state[w] = s_warps[w][head], joint.x = fmaxf(joint.x, state[w].x);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {  // a warp without tokens has a factor of 0, and zeros
-      const float factor = fast_exp2(state[w].x - finite_top(joint.x));
+      const float factor = fast_exp2(state[w].x - finite_max(joint.x));
       const float4 y = *reinterpret_cast<const float4*>(outputs + w * p.group * D + e * 4);
       joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
     }
@@ -375,7 +397,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     float2 joint = make_float2(-inf(), 0.f);
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
     if (r < blocks) joint = parts(0)[r * kMaxHeads + e / (D / 4)], x = received[r * each + cluster.place(e)];
-    const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_top(best));
+    const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_max(best));
     x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
     x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);
     joint.y = warp_sum<kMaxCluster>(joint.y * factor), joint.x = best;

@@ -1,4 +1,4 @@
-// The two streams of fused_decode.cu: scores of pages from their 8-bit vectors, and logits of tokens from the 4-bit keys.
+// The first stream of fused_decode.cu, scores of pages from their 8-bit vectors, and what the second one, fused_tokens.cuh, shares with it.
 //
 // Both are u8 x s8 products on m16n8k32 tiles: 16 pages or tokens are the rows, query heads the columns, and where they leave columns
 // free, the 8-bit residuals of the same heads (see spgemv.cu: 16 bits of the query survive). k may be permuted as long as both sides agree, so
@@ -10,12 +10,6 @@
 
 constexpr int kTile = 16;
 constexpr float kLowest = -3.4e38f;  // stands for -inf where differences are formed
-
-__device__ __forceinline__ float fast_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // A maximum and the sum of exponentials below it, (m, s). NaN and +inf show in s.
 __device__ __forceinline__ float2 join(float2 a, float2 b) {
@@ -226,89 +220,6 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
         const int page = tile * kTile + r;
         use(page, g, nth, page < count ? score : -inf());
       });
-    }
-  }
-}
-
-// Logits of the tokens of `count` pages from the 4-bit keys. `use(slot, head, nth, logit)`: slots count the tokens of the list, and go on behind its end; -inf
-// for what is not there. Low nibbles are masked into one accumulator, high ones stay where they are (16 times too large) and get another, which spares the shifts.
-template <int D, int Tiles, int kWarps, int kBatch, typename Use>
-__device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_scale, const u8* shadow, const int* pages, const int* logical, int count, int page_shift,
-                                             int seq_len, int kv_heads, int kv_head, const Use& use) {
-  constexpr int kHeads = 4 * Tiles, kWords = D / 32;  // words of a row that a lane takes
-  constexpr int kPieces = D == 256 ? 2 : 1;
-  const int lane = fresh(lane_id());  // or what is made of it is kept from the start on
-  const int gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
-  const int page_size = 1 << page_shift, half_shift = page_shift - 4;
-  const int block_bytes = (D / 2 + 4) << page_shift;
-
-  u32 low_codes[Tiles][kWords], high_codes[Tiles][kWords];
-#pragma unroll
-  for (int t = 0; t < Tiles; ++t)
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      const int column = 8 * t + gid, c = D == 64 ? tig * 8 + j * 4 : j / 4 * 64 + tig * 16 + j % 4 * 4;
-      const bool there = column % kHeads < query.group;
-      low_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c)) : 0;
-      high_codes[t][j] = there ? *reinterpret_cast<const u32*>(query.column<D, kHeads>(column, 0, c + D / 2)) : 0;
-    }
-  const HeadScale<Tiles> head(query, tig, sm_scale * (1.f / (254.f * 16.f)), sm_scale);
-
-  constexpr int kParams = Tiles == 1 ? 1 : 2;
-  const int tiles = count << half_shift;
-  // Numbers of the pages that come next are looked up while the last ones are under way: loads whose addresses are not there yet are put behind the products of
-  // the tiles before them, and then fewer wait for memory at a time.
-  const int half_of = (warp & half_shift) << 4;  // of a page of 32, which is the same for all of a warp's tiles
-  const u8* const rows = shadow + (half_of + gid) * (D / 2) + tig * (D == 64 ? 8 : 16);
-  const int to_pairs = page_size * (D / 2) + half_of * 4 - ((half_of + gid) * (D / 2) + tig * (D == 64 ? 8 : 16));
-  u32 place[kBatch];
-  const auto look = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) place[i] = pages[min(first + i * kWarps, tiles - 1) >> half_shift] * kv_heads + kv_head;
-  };
-  if (warp < tiles) look(warp);
-#pragma unroll 1
-  for (int first = warp; first < tiles; first += kWarps * kBatch) {
-    uint4 x[kBatch][2][kPieces];
-    u32 sz[kBatch][kParams];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const u8* const row = mad_wide(rows, place[i], block_bytes);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if constexpr (D == 64) {
-          const uint2 v = load_fresh8(row + h * 4 * D);
-          x[i][h][0].x = v.x, x[i][h][0].y = v.y;
-        } else {
-#pragma unroll
-          for (int j = 0; j < kPieces; ++j) x[i][h][j] = load_fresh16(row + h * 4 * D + j * 64);
-        }
-      }
-#pragma unroll
-      for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(row + to_pairs + row_of<Tiles>(h, gid, tig) * 4);
-    }
-    look(min(first + kWarps * kBatch, tiles - 1));
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int tile = first + i * kWarps;
-      // Tokens of the tile that are there.
-      const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - ((tile << 4) & (page_size - 1)) : 0;
-      int dot[Tiles][4];
-      constexpr u32 kLow = 0x0f0f0f0fu, kHigh = 0xf0f0f0f0u;
-#pragma unroll
-      for (int t = 0; t < Tiles; ++t) {
-        int lo[4] = {}, hi[4] = {};
-#pragma unroll
-        for (int j = 0; j < kWords; j += 2) {
-          const uint4 lower = x[i][0][j / 4], upper = x[i][1][j / 4];
-          const u32 a0 = j % 4 ? lower.z : lower.x, a1 = j % 4 ? upper.z : upper.x, a2 = j % 4 ? lower.w : lower.y, a3 = j % 4 ? upper.w : upper.y;
-          mma_u8s8(lo, a0 & kLow, a1 & kLow, a2 & kLow, a3 & kLow, low_codes[t][j], low_codes[t][j + 1]);
-          mma_u8s8(hi, a0 & kHigh, a1 & kHigh, a2 & kHigh, a3 & kHigh, high_codes[t][j], high_codes[t][j + 1]);
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) dot[t][k] = lo[k] * 16 + hi[k];
-      }
-      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
     }
   }
 }

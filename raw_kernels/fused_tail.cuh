@@ -4,12 +4,10 @@
 #include "fused_top_p.cuh"
 #include "mma.cuh"
 
-__device__ __forceinline__ float finite_top(float m) { return m == -inf() ? 0.f : m; }  // keeps -inf - -inf out of exponents
-
 // Raise the maximum of head gid to that of `x` over its four lanes, and bring what was summed below the old one along.
 template <int kTiles>
 __device__ __forceinline__ void rescale(float (&o)[kTiles][4], float& top, float& sum, float x) {
-  const float best = fmaxf(top, warp_max<4>(x)), shift = fast_exp2(top - finite_top(best));
+  const float best = fmaxf(top, warp_max<4>(x)), shift = fast_exp2(top - finite_max(best));
   if (__any_sync(kFullMask, best > top)) {
     const int from = fresh(lane_id()) % 4 * 8;
     const float shift0 = __shfl_sync(kFullMask, shift, from), shift1 = __shfl_sync(kFullMask, shift, from + 4);
@@ -85,7 +83,7 @@ __device__ __forceinline__ void attend_pruned(const PrunedPages& tail, int group
     }
     rescale(o, top, sum, fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3])));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = fast_exp2(x[i] - finite_top(top)), sum += w[i];
+    for (int i = 0; i < 4; ++i) w[i] = fast_exp2(x[i] - finite_max(top)), sum += w[i];
     const u32 b0 = pack2<half>(w[0], w[1]), b1 = pack2<half>(w[2], w[3]);
 #pragma unroll
     for (int j = 0; j < kPieces; ++j)

@@ -132,11 +132,19 @@ class Finished(Quest):
 
 
 class Tokens(FirstPages):
-    """Chooses tokens."""
+    """Chooses tokens, one of each page."""
 
     def select(self, q, layer, budget):
         chosen = super().select(q, layer, budget)
         return Selection(chosen.indices * 16, chosen.lengths, 1)
+
+
+class Halves(FirstPages):
+    """Chooses half pages, whose keys no kernel scores."""
+
+    def select(self, q, layer, budget):
+        chosen = super().select(q, layer, budget)
+        return Selection(chosen.indices * 2, chosen.lengths, 8)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)])
@@ -148,11 +156,30 @@ class Tokens(FirstPages):
         (FirstPages(), BoundedTopP(0.9, 4, 50, tail="page_mean"), ["page_scores", "top_k", "fused_decode"]),
         (FirstPages(), Halved(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
         (Finished(), TopP(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
-        (Tokens(), TopP(0.9), ["page_scores", "top_k", "spgemv", "top_p", "sparse_attention"]),
+        (Tokens(), TopP(0.9), ["page_scores", "top_k", "fused_decode"]),
+        (Tokens(), BoundedTopP(0.9, 4, 50, tail="none"), ["page_scores", "top_k", "fused_decode"]),
+        (
+            Tokens(),
+            BoundedTopP(0.9, 4, 50, tail="page_mean"),
+            ["page_scores", "top_k", "spgemv", "top_p", "page_tail", "sparse_attention"],
+        ),
+        (Halves(), TopP(0.9), ["page_scores", "top_k", "top_p", "sparse_attention"]),
     ],
-    ids=["native", "pages", "bounded", "own pruner", "finish", "tokens"],
+    ids=[
+        "native",
+        "pages",
+        "bounded",
+        "own pruner",
+        "finish",
+        "tokens",
+        "bounded tokens",
+        "tokens' tail",
+        "half pages",
+    ],
 )
-def test_pages_of_any_selector_are_pruned_and_attended_to_in_one_launch(selector, pruner, names, device, monkeypatch):
+def test_what_any_selector_chooses_is_pruned_and_attended_to_in_one_launch(
+    selector, pruner, names, device, monkeypatch
+):
     layer = caches(selector, device, torch.bfloat16, pruner, count=1)[0].layers[0]
     attention, steps = TwilightAttention(selector, pruner, 0.5), []
     q = torch.randn(3, 8, 64, device=device).bfloat16()

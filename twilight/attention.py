@@ -184,7 +184,7 @@ class TwilightAttention:
     def _one_launch(
         self, q: torch.Tensor, layer: LayerCache, new: NewTokens | None = None, candidates: Selection | None = None
     ) -> FusedDecode | None:
-        """Do all stages in one kernel, or those after `select` for pages, where there is one for it."""
+        """Do all stages in one kernel, or those after `select`, where there is one for it."""
         selector, pruner = self.selector, self.pruner
         if not q.is_cuda or not kernels.available(q.device) or type(selector).finish is not Selector.finish:
             return None
@@ -193,7 +193,7 @@ class TwilightAttention:
         ranking: PageRanking | None = PageRanking()
         if candidates is None:
             ranking = selector.ranking(layer) if _speaks_for(selector, "ranking", "select") else None
-        elif candidates.granularity != layer.geometry.page_size or candidates.log_weight is not None:
+        elif candidates.granularity not in (1, layer.geometry.page_size) or candidates.log_weight is not None:
             return None
         rule = pruner.mass_rule(layer)
         if ranking is None or rule is None:

@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from tests.caches import fill
-from tests.nvrtc import NVRTC
 from twilight import BoundedTopP, Geometry, PagedKVCache, Selection, ops
 from twilight.budget import Budget
-from twilight.compiling import compile_source
 from twilight.ops.quantize import split_shadow, unpack
 from twilight_selectors.block_mean import BlockMean
 from twilight_selectors.full import Full
@@ -127,9 +125,9 @@ def test_refuses_what_does_not_go_together():
     chosen, lists = torch.zeros(1, 2, 1, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match="candidates: expected no vectors and no budget"):
         ops.fused_decode(q, *pages, bounds, *rest, Budget(tokens, 20), 0.9, candidates=Selection(chosen, lists, 16))
-    with pytest.raises(ValueError, match="candidates: expected pages of 16 tokens and no log_weight"):
-        ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=Selection(chosen, lists, 1))
-    with pytest.raises(ValueError, match="candidates: expected pages of 16 tokens and no log_weight"):
+    with pytest.raises(ValueError, match="candidates: expected tokens or pages of 16, and no log_weight"):
+        ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=Selection(chosen, lists, 32))
+    with pytest.raises(ValueError, match="candidates: expected tokens or pages of 16, and no log_weight"):
         weighted = Selection(chosen, lists, 16, torch.zeros(1, 4, 1))
         ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=weighted)
     with pytest.raises(ValueError, match=r"candidates.indices: expected shape \[1, 2, any\], got \[1, 1, 1\]"):
@@ -137,7 +135,7 @@ def test_refuses_what_does_not_go_together():
         ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=fewer)
 
 
-def test_lists_without_room_for_a_page_are_for_the_stages():
+def test_empty_lists_and_tails_of_tokens_are_for_the_stages():
     geometry = Geometry(1, 4, 2, 64, dtype=torch.float16, device=torch.device("cpu"))
     layer = fill(geometry, [20], Full())[0].layers[0]
     pages = (layer.k_pages, layer.v_pages, layer.shadow, (), layer.page_table, layer.seq_lens)
@@ -145,9 +143,14 @@ def test_lists_without_room_for_a_page_are_for_the_stages():
     for capacity, said in ((0, "there are no candidates"), (1, None)):
         given = Selection(torch.zeros(1, 2, capacity, dtype=torch.int32), lengths, 16)
         assert fused.unsupported(q, *pages, None, None, given) == said
+    means = ops.MeanValues((torch.zeros(9, 2, 64, dtype=torch.uint8), torch.zeros(9, 2, 2, dtype=torch.float16)), 16, 2)
+    for granularity, said in ((16, None), (1, "the candidates are tokens, of which the kernel keeps no tail")):
+        given = Selection(torch.zeros(1, 2, 1, dtype=torch.int32), lengths, granularity)
+        assert fused.unsupported(q, *pages, None, means, given) == said
+        assert fused.unsupported(q, *pages, None, None, given) is None
 
 
-def test_pages_that_are_given_are_the_candidates():
+def test_what_is_given_are_the_candidates():
     geometry = Geometry(1, 6, 2, 64, dtype=torch.float32, device=torch.device("cpu"))
     layer = fill(geometry, [300, 1, 47], Quest())[0].layers[0]
     q = 3 * torch.randn(3, 6, 64)
@@ -162,6 +165,12 @@ def test_pages_that_are_given_are_the_candidates():
     assert got.candidates is want.candidates and got.out.equal(want.out)
     assert got.pruned.selection.lengths.equal(want.pruned.selection.lengths)
     assert not got.out.equal(everything.out)
+    # Their tokens, one by one, are the same candidates.
+    positions, valid = want.candidates.positions(layer.seq_lens)
+    tokens = Selection.compact(positions.int(), valid, granularity=1)
+    listed = ops.fused_decode(q, *pages, (), layer.page_table, layer.seq_lens, None, 0.9, candidates=tokens)
+    assert listed.candidates is tokens and listed.pruned.selection.lengths.equal(want.pruned.selection.lengths)
+    torch.testing.assert_close(listed.out, want.out, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -219,100 +228,3 @@ def test_a_new_token_is_where_append_would_have_put_it(selector, tail):
         q, whole.k_pages, whole.v_pages, whole.page_table, whole.seq_lens, pruned.selection, tail=pruned.tail
     )
     assert got.out.equal(out) and (got.pruned.tail is None) == (not tail)
-
-
-H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "max_cluster": 16}
-
-
-@pytest.mark.parametrize(
-    "batch,length,cluster,warps,late,ns",
-    [
-        (1, 8192, 4, 8, 0, 0),
-        (1, 32768, 8, 8, 0, 0),
-        (1, 131072, 8, 16, 0, 0),
-        (8, 32768, 2, 16, 0, 0),
-        (16, 32768, 1, 16, 42, 3),
-        (32, 32768, 1, 8, 132, 8),
-        (64, 32768, 1, 8, 132, 8),
-        (8, 131072, 2, 16, 0, 0),
-        (32, 131072, 2, 16, 22, 2),
-    ],
-)
-@pytest.mark.parametrize("tail", [False, True])
-def test_cuts_rows_as_an_h200_liked_it_best(batch, length, cluster, warps, late, ns, tail):
-    # Measured: each against its neighbours; how many rows begin late, and by how much a page.
-    plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, tail, **H200)
-    assert (plan.cluster, plan.warps) == (cluster, warps)
-    assert fused._late(plan, batch * 8, 128, 2, H200["num_sms"]) == (late, pytest.approx(ns, abs=0.1))
-
-
-@pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("vectors", [0, 1, 2])
-@pytest.mark.parametrize("dim,group,page", [(64, 1, 16), (128, 4, 16), (128, 8, 32), (256, 8, 16)])
-@pytest.mark.parametrize(
-    "gpu", [H200, {"num_sms": 84, "block_limit": 99 * 1024, "total": 100 * 1024, "max_cluster": 1}]
-)
-def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
-    for rows in (1, 8, 100, 2000):
-        for length in (page, 1000, 40000, 300000):
-            pages = -(-length // page)
-            capacity = -(-pages // 4) if vectors else pages
-            plan = fused._cut(rows, pages, capacity, group, dim, vectors, page, tail, **gpu)
-            if plan is None:
-                assert length > 1000 and gpu["max_cluster"] == 1 or length == 300000
-                continue
-            assert plan.pages * plan.cluster >= pages and plan.pages % 16 == 0
-            assert plan.entries * plan.cluster >= capacity
-            assert plan.smem + fused._static(group, dim) <= gpu["block_limit"]
-            assert plan.warps == 8 or dim < 256
-            # What lies side by side at the end: logits, two lists, who is kept and what pages have lost.
-            tokens = plan.entries * page
-            of_heads = group * (2 * tokens + 4 * tail * plan.entries)
-            assert plan.layout.list >= max(4 * tokens, 4 * plan.warps * group * dim)
-            assert plan.smem >= of_heads + 8 * plan.entries + tokens // 8
-
-
-def test_what_fits_no_cluster_is_for_the_stages():
-    assert fused._cut(8, 65536, 65536, 8, 128, 2, 16, False, **H200) is None
-
-
-def test_no_two_blocks_leave_nothing_to_l1():
-    # 8 warps and 106 KB would be the fastest if a multiprocessor took one such block; it takes two.
-    plan = fused._cut(256, 2048, 61, 8, 64, 1, 16, False, **H200)
-    room = plan.smem + fused._static(8, 64)
-    assert plan.warps == 16 or not fused._SMEM_OF_TWO // 2 < room <= H200["total"] // 2
-
-
-@pytest.mark.parametrize("cluster", [1, 2, 16])
-@pytest.mark.parametrize("tail", [False, True])
-@pytest.mark.parametrize("vectors", [0, 1, 2])
-def test_regions_of_shared_memory_hold_what_lies_there(vectors, tail, cluster):
-    for group in range(1, 9):
-        for dim, warps, entries, pages in ((64, 16, 1, 16), (128, 8, 37, 2048), (256, 8, 512, 48)):
-            at, size = fused._layout(pages, entries, group, dim, vectors, 16, tail, cluster, warps)
-            tokens, heads = entries * 16, 4 if group <= 4 else 8
-            # Phase by phase, what begins at 0: scores, numbers and keys; logits; rows of K and V; outputs of the warps.
-            scores = 4 * group * pages
-            if vectors:
-                assert at.numbers >= scores and at.keys >= at.numbers + 4 * pages
-                assert at.list >= at.keys + 4 * pages * cluster
-            assert at.list >= max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
-            assert at.keep >= at.list + 8 * entries and at.bins >= at.keep + tokens // 8
-            histograms = max(2048, 512 * group * (2 if cluster > 1 else 1), group * entries if tail else 0)
-            assert at.results >= at.bins + 4 * histograms
-            assert at.parts >= at.results + (4 * group * dim if cluster > 1 else 0)  # a piece of each block's output
-            assert size >= at.parts + 2 * 8 * heads * cluster + 4 * cluster
-            names = [name for name, _ in fused._Layout._fields_ if vectors or name not in ("numbers", "keys")]
-            assert all(getattr(at, name) % 16 == 0 for name in names)
-
-
-@NVRTC
-def test_large_workloads_leave_92_kb_to_l1():
-    """256 KB of a multiprocessor are divided in steps, 164 for shared memory, then 196; 1 KB a block is the GPU's."""
-    words = [f"fused_decode<128, 1, 2, {warps}>" for warps in (8, 16)]
-    static = {each.expression: each.smem for each in compile_source("fused_decode", words, "sm_90")}
-    for batch, length, blocks in ((64, 32768, 2), (32, 131072, 1)):
-        plan = fused._cut(batch * 8, length // 16, length // 64, 4, 128, 2, 16, True, **H200)
-        own = static[f"fused_decode<128, 1, 2, {plan.warps}>"] + 1024
-        assert own <= fused._static(4, 128)
-        assert blocks * (plan.smem + own) <= 164 * 1024

@@ -60,7 +60,8 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
     have = (case.seq_lens + page - 1) // page
 
     # Candidates: the newest page, and no page left out that ranks clearly above one that is in.
-    chosen = as_mask(got.candidates, pages)
+    size = page if case.given is None else case.given.granularity
+    chosen = as_mask(got.candidates, pages * page // size)
     if case.vectors:
         want = case.budget.pages(page).minimum(have[:, None])
         assert torch.equal(got.candidates.lengths, want)
@@ -79,7 +80,7 @@ def check(case, p, *, reduce="softmax", min_tokens=1, max_tokens=None):
 
     # What top-p keeps of their logits.
     clean = Selection(
-        got.candidates.indices.masked_fill(~got.candidates.counted(), 0), got.candidates.lengths, page
+        got.candidates.indices.masked_fill(~got.candidates.counted(), 0), got.candidates.lengths, size
     )  # fmt: skip
     logits = ops.estimate_scores(
         case.q, case.shadow, case.table, case.seq_lens, clean, page_size=page, out_dtype=torch.float16, backend="torch"

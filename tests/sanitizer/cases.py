@@ -412,7 +412,8 @@ def fused_decode(at: At) -> Iterator[Any]:
             step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists, new=new, **rule)
             yield step.out, step.lse, step.candidates.lengths
             yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass
-        # Pages that somebody else has chosen.
-        given, lists = cache.select(page), len(lengths) > 1
-        step = at.run(ops.fused_decode, cache.q, *pages, (), *paged, None, 0.9, lists=lists, candidates=given)
-        yield step.out, step.lse, step.pruned.selection.lengths
+        # Pages and tokens that somebody else has chosen.
+        for given in (cache.select(page), cache.select(1)):
+            lists = len(lengths) > 1
+            step = at.run(ops.fused_decode, cache.q, *pages, (), *paged, None, 0.9, lists=lists, candidates=given)
+            yield step.out, step.lse, step.pruned.selection.lengths

@@ -20,6 +20,7 @@ from twilight import kernels
 from twilight.budget import Budget
 from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
 from twilight.ops.append import aligned, append
+from twilight.ops.fused_plan import TILE, Layout, Shape, late_rows, max_cluster, plan, static_bytes
 from twilight.ops.page_scores import page_scores
 from twilight.ops.quantize import shadow_bytes
 from twilight.ops.scratch import shared_memory
@@ -36,12 +37,6 @@ _DIMS = (64, 128, 256)
 _HALVES = (torch.float16, torch.bfloat16)
 _REDUCTIONS = ("softmax", "sum", "max")
 _NO_LIMIT = 2**31 - 1
-
-
-class _Layout(ctypes.Structure):
-    """Mirrors the struct of raw_kernels/fused_decode.cu."""
-
-    _fields_ = [(name, ctypes.c_int) for name in ("numbers", "keys", "list", "keep", "bins", "results", "parts")]
 
 
 class FusedDecodeParams(ctypes.Structure):
@@ -61,7 +56,7 @@ class FusedDecodeParams(ctypes.Structure):
             "bits", "reduce", "q_is_bf16", "kv_heads", "group", "max_pages", "capacity", "page_shift", "page_share",
             "entry_share", "min_tokens", "max_tokens",
         )),
-        ("at", _Layout),
+        ("at", Layout),
         ("stagger", ctypes.c_int),
         ("stagger_ns", ctypes.c_float),
     ]  # fmt: skip
@@ -69,9 +64,9 @@ class FusedDecodeParams(ctypes.Structure):
 
 STRUCTS = (FusedDecodeParams,)
 INSTANTIATIONS = tuple(
-    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}>"
-    for dim in _DIMS for tiles in (1, 2) for vectors in (0, 1, 2) for warps in (8, 16)
-    if dim < 256 or warps == 8
+    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}, {listed}>"
+    for dim in _DIMS for tiles in (1, 2) for vectors, listed in ((0, "false"), (0, "true"), (1, "false"), (2, "false"))
+    for warps in (8, 16) if dim < 256 or warps == 8
 )  # fmt: skip
 
 
@@ -98,7 +93,7 @@ class FusedDecode:
         lse: `[b, Hq]` float32.
         pruned: what was kept. Without `lists` the kernel leaves the indices of its selection empty, `[b, Hkv, 0]`, and
             only the lengths are there.
-        candidates: the pages that were scored, likewise.
+        candidates: the pages or tokens that were scored, likewise.
     """
 
     out: torch.Tensor
@@ -149,7 +144,8 @@ def fused_decode(
         min_tokens, max_tokens: bounds of what one query head keeps; see `twilight.ops.top_p`.
         means: the mean value of every page, in 8 bits, if what is pruned shall leave a tail (`twilight.ops.tail`).
         new: tokens to append first. Two vectors of a page are then bounds of its keys, and one is their mean.
-        candidates: pages that have been chosen already, without a `log_weight`; no vectors and no budget then.
+        candidates: pages or tokens that have been chosen already, without a `log_weight`; no vectors and no budget
+            then. Of tokens the kernel keeps no tail.
         backend: which implementation. The kernel takes what `unsupported` finds nothing to say about.
     """
     pool, kv_heads, page_size, dim = check_tensor("k_pages", k_pages, (None,) * 4, dtype=FLOAT_DTYPES).shape
@@ -174,8 +170,10 @@ def fused_decode(
         candidates.check_fits("candidates", batch, q.shape[1], kv_heads)
         if vectors or budget is not None:
             raise ValueError("candidates: expected no vectors and no budget beside them")
-        if candidates.granularity != page_size or candidates.log_weight is not None:
-            raise ValueError(f"candidates: expected pages of {page_size} tokens and no log_weight, got {candidates}")
+        if candidates.granularity not in (1, page_size) or candidates.log_weight is not None:
+            raise ValueError(
+                f"candidates: expected tokens or pages of {page_size}, and no log_weight, got {candidates}"
+            )
     scale = dim**-0.5 if sm_scale is None else sm_scale
     if not 0.0 < scale < math.inf:
         raise ValueError(f"sm_scale: expected a positive number, got {sm_scale}")
@@ -259,10 +257,15 @@ def unsupported(
         return "the pages are not contiguous"
     if candidates is not None and candidates.capacity == 0:
         return "there are no candidates"
+    if candidates is not None and candidates.granularity == 1 and means is not None:
+        return "the candidates are tokens, of which the kernel keeps no tail"
     if q.is_cuda:
         shape = _shape(q, k_pages, vectors, page_table, budget, means, candidates)
-        if _plan(*shape, q.get_device()) is None:
-            return f"{shape[2]} candidate pages a row do not fit into the shared memory of a cluster"
+        if plan(shape, q.get_device()) is None:
+            entries = (
+                f"{shape.capacity * TILE} candidate tokens" if shape.listed else f"{shape.capacity} candidate pages"
+            )
+            return f"{entries} a row do not fit into the shared memory of a cluster"
     return None
 
 
@@ -274,141 +277,16 @@ def _shape(
     budget: Budget | None,
     means: MeanValues | None,
     candidates: Selection | None,
-) -> tuple[int, int, int, int, int, int, int, bool]:
-    """Return rows, pages and candidate pages of a row, G, d, vectors of a page, P, and whether there is a tail."""
+) -> Shape:
     dim, page_size, max_pages = q.shape[-1], k_pages.shape[2], page_table.shape[1]
-    capacity = max_pages if candidates is None else candidates.capacity
+    capacity, listed = max_pages, candidates is not None and candidates.granularity == 1
+    if candidates is not None:
+        capacity = -(-candidates.capacity // TILE) if listed else candidates.capacity
     if vectors and budget is not None:
         capacity = min(budget.page_capacity(page_size), max_pages)
     count = vectors[0].shape[-1] // dim if vectors else 0
     rows, group = q.shape[0] * k_pages.shape[1], q.shape[1] // k_pages.shape[1]
-    return rows, max_pages, capacity, group, dim, count, page_size, means is not None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a row is cut: blocks of a cluster, warps of a block, pages and candidate pages of a block, its memory."""
-
-    cluster: int
-    warps: int
-    pages: int
-    entries: int
-    layout: _Layout
-    smem: int
-
-
-@functools.cache
-def _max_cluster(index: int) -> int:
-    """Blocks of a cluster at most: 16 in data centres' GPUs, 8 in the others, which run portable sizes only."""
-    major, _ = torch.cuda.get_device_capability(index)
-    return 1 if major < 9 else 16 if major in (9, 10) else 8
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, tail: bool, index: int
-) -> _Plan | None:
-    """Return the cut that should take least time on a device; None if a row fits no cluster."""
-    block_limit, total = shared_memory(index)
-    shape = (rows, max_pages, capacity, group, dim, vectors, page_size, tail)
-    return _cut(
-        *shape, num_sms=kernels.num_sms(index), block_limit=block_limit, total=total, max_cluster=_max_cluster(index)
-    )
-
-
-def _cut(
-    rows: int, max_pages: int, capacity: int, group: int, dim: int, vectors: int, page_size: int, tail: bool,
-    *, num_sms: int, block_limit: int, total: int, max_cluster: int,
-) -> _Plan | None:  # fmt: skip
-    """Choose among blocks of a cluster and warps of a block by what a wave of blocks takes.
-
-    A block streams its share of the row and then searches in it, and its neighbour does the same at the same time. On
-    an H200: 32 bytes a nanosecond a multiprocessor, 24 for 8 warps alone; 18 us of searching for 16 warps and 15 for 8,
-    and 1.5 and 2.4 more for every thousand candidates, a fifth more beside a neighbour. Fitted to what was measured
-    from b=1 at 8k to b=64 at 32k and b=32 at 128k, with the cuts of either side; the sums are 3 us off at b=1, and 7 %
-    above.
-    """
-    best, least = None, float("inf")
-    for cluster, fitting in _FITTING.items():
-        if cluster > max_cluster:
-            break
-        pages, entries = -(-max_pages // (16 * cluster)) * 16, -(-capacity // cluster)
-        tokens = entries * page_size
-        # Of what is chosen, a sixteenth is attended to.
-        size = vectors * dim * pages + tokens * (dim // 2 + 4) + tokens // 16 * 4 * dim
-        for warps in (16, 8) if dim < 256 else (8,):
-            layout, smem = _layout(pages, entries, group, dim, vectors, page_size, tail, cluster, warps)
-            room = smem + _static(group, dim)
-            if room > block_limit:
-                continue
-            # Two blocks of 8 warps, if they leave something to L1; 256 channels take the registers of 16 warps.
-            resident = 2 if warps == 8 and dim < 256 and room <= total // 2 else 1
-            if resident == 2 and room > _SMEM_OF_TWO // 2:
-                continue
-            at_once = min(rows, int(fitting * num_sms * resident) // cluster)
-            if at_once == 0:
-                continue
-            together = -(-at_once * cluster // num_sms)
-            waves = -(-rows // at_once)
-            streams = size * max(together / 32e3, 1 / (32e3 if warps == 16 else 24e3))
-            search = 18 + 1.5e-3 * tokens if warps == 16 else (15 + 2.4e-3 * tokens) * (1.2 if together > 1 else 1.0)
-            time = waves * (streams + search + _BARRIERS[cluster])
-            if time < least:
-                best, least = _Plan(cluster, warps, pages, entries, layout, smem), time
-    return best
-
-
-def _late(plan: _Plan, rows: int, dim: int, vectors: int, num_sms: int) -> tuple[int, float]:
-    """Return how many rows begin late, after as many that do not, and by how many ns for each page.
-
-    All rows of a wave would stream together and search together. With two blocks a multiprocessor its second one waits
-    for nearly as long as the first one reads pages: 2 % at b=64, 32k. Where each row has a multiprocessor and nearly
-    all have one, a third of them waits for 3 ns a page: 3 % at b=16, 32k (70.7 to 68.6 us), 2 and 4 ns as much within
-    0.3 us; a quarter of the rows gains 2 %, half of them nothing. Where a row has two and there are several waves, a
-    third of the first waits for 2 ns: 1 % at b=32, 128k (463.3 to 456.4 us; 1 ns 460.7). One wave gains nothing.
-    """
-    if plan.cluster > 2 or dim == 256 or not vectors:
-        return 0, 0.0
-    bytes_a_page = vectors * dim
-    if plan.cluster == 2:
-        return (num_sms // 6, bytes_a_page / 128) if plan.warps == 16 and rows > num_sms // 2 else (0, 0.0)
-    if plan.warps == 8:
-        return (num_sms, bytes_a_page / 32) if rows > num_sms else (0, 0.0)
-    return (rows // 3, bytes_a_page / 85) if 0.9 * num_sms <= rows <= num_sms else (0, 0.0)
-
-
-_FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
-"""Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
-_BARRIERS = {1: 0.6, 2: 1.2, 4: 2.4, 8: 4.8, 16: 18.0}
-"""Microseconds that blocks of a cluster wait for one another. 16 of them get 16 to 18 multiprocessors, not one each."""
-_SMEM_OF_TWO = 196 * 1024
-"""What two blocks may take together on sm_90: the rest, 60 KB, is L1, without which loads have no place to wait in.
-
-With 164 KB it has 92, which is 5 % faster at b=64, 32k; `_cut` does not tell the two apart."""
-
-
-def _static(group: int, dim: int) -> int:
-    """Return what a block takes besides, at most: the queries, 3 KB of scratch, and what the GPU keeps for itself."""
-    return 4096 + 24 * (1 if group <= 4 else 2) * dim
-
-
-def _layout(
-    pages: int, entries: int, group: int, dim: int, vectors: int, page_size: int, tail: bool, cluster: int, warps: int
-) -> tuple[_Layout, int]:
-    """Return where things lie in a block's shared memory, and how many bytes they are."""
-    tokens = entries * page_size
-    numbers = 4 * group * pages
-    keys = numbers + 4 * pages
-    # One after another in one place: scores and keys of pages, logits, rows of K and V, O.
-    first = max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
-    if vectors:
-        first = max(first, keys + 4 * pages * cluster)
-    keep = first + -(-8 * entries // 16) * 16
-    bins = keep + -(-tokens // 128) * 16
-    results = bins + max(8192, 2048 * group * (2 if cluster > 1 else 1), -(-group * entries // 4) * 16 if tail else 0)
-    parts = results + (4 * group * dim if cluster > 1 else 0)
-    size = parts + 16 * cluster * (4 if group <= 4 else 8) + -(-cluster // 4) * 16
-    return _Layout(numbers, keys, first, keep, bins, results, parts), size
+    return Shape(rows, max_pages, capacity, group, dim, count, page_size, means is not None, listed)
 
 
 def _cuda(
@@ -430,11 +308,13 @@ def _cuda(
     b, q_heads, dim = q.shape
     p, means = rule.p, rule.means
     shape = _shape(q, k_pages, vectors, page_table, budget, means, given)
-    rows, max_pages, capacity, group, _, count, page_size, _ = shape
+    group, count, page_size, max_pages = shape.group, shape.vectors, shape.page_size, shape.max_pages
     kv_heads, index, device = k_pages.shape[1], q.get_device(), q.device
-    plan = _plan(*shape, index)
-    assert plan is not None
-    n = capacity * page_size
+    cut = plan(shape, index)
+    assert cut is not None
+    capacity = shape.capacity if given is None else given.capacity
+    granularity = page_size if given is None else given.granularity
+    n = capacity * granularity
     # An allocation each: two views of one take longer.
     candidate_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
     kept_lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
@@ -455,8 +335,8 @@ def _cuda(
     added: tuple[torch.Tensor, ...] = ()
     if new is not None:
         added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
-    kernel = _kernel(dim, group, count, plan.warps, index)
-    late, late_ns = _late(plan, rows, dim, count, kernels.num_sms(index))
+    kernel = _kernel(dim, group, count, cut.warps, shape.listed, index)
+    late, late_ns = late_rows(cut, shape, kernels.num_sms(index))
     most = _NO_LIMIT if rule.max_tokens is None else min(rule.max_tokens, _NO_LIMIT)
     params = FusedDecodeParams(
         *((part.data_ptr() for part in added) if added else (None, None, None)),
@@ -470,21 +350,24 @@ def _cuda(
         kept_lengths.data_ptr(), per_query_head.data_ptr(), mass.data_ptr(),
         None if lost is None or not lists else lost.data_ptr(), out.data_ptr(), lse.data_ptr(),
         sm_scale, p, 32.0 if p < 0.999 else 16.0, min(16, 31 - (n - 1).bit_length()), _REDUCTIONS.index(reduce),
-        q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, plan.pages,
-        plan.entries, min(rule.min_tokens, _NO_LIMIT), most, plan.layout, late, late_ns,
+        q.dtype == torch.bfloat16, kv_heads, group, max_pages, capacity, page_size.bit_length() - 1, cut.pages,
+        cut.entries, min(rule.min_tokens, _NO_LIMIT), most, cut.layout, late, late_ns,
     )  # fmt: skip
-    kernel.launch((plan.cluster, rows, 1), (32 * plan.warps, 1, 1), params, plan.smem, cluster=plan.cluster)
+    kernel.launch((cut.cluster, shape.rows, 1), (32 * cut.warps, 1, 1), params, cut.smem, cluster=cut.cluster)
     # Lengths as the kernel counted them: of a sequence without a token there is nothing, whatever was chosen.
-    listed_pages = given.indices if given is not None and lists else candidates
-    pages = Selection(listed_pages, candidate_lengths, page_size)
-    tail = None if means is None else Tail(replace(pages, log_weight=lost), means)
-    return FusedDecode(out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass, tail), pages)
+    listed_entries = given.indices if given is not None and lists else candidates
+    scored = Selection(listed_entries, candidate_lengths, granularity)
+    tail = None if means is None else Tail(replace(scored, log_weight=lost), means)
+    return FusedDecode(out, lse, Pruned(Selection(kept, kept_lengths, 1), per_query_head, mass, tail), scored)
 
 
 @functools.cache
-def _kernel(dim: int, group: int, vectors: int, warps: int, device: int) -> kernels.Kernel:
-    expression = f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}>"
-    smem = shared_memory(device)[0] - _static(group, dim)
+def _kernel(dim: int, group: int, vectors: int, warps: int, listed: bool, device: int) -> kernels.Kernel:
+    tiles, tokens = 1 if group <= 4 else 2, "true" if listed else "false"
     return kernels.load(
-        "fused_decode", expression, max_dynamic_smem=smem, max_cluster=_max_cluster(device), device=device
+        "fused_decode",
+        f"fused_decode<{dim}, {tiles}, {vectors}, {warps}, {tokens}>",
+        max_dynamic_smem=shared_memory(device)[0] - static_bytes(group, dim),
+        max_cluster=max_cluster(device),
+        device=device,
     )
