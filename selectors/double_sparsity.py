@@ -94,23 +94,14 @@ class DoubleSparsity(Selector):
 
     def select(self, q: torch.Tensor, layer: LayerCache, budget: Budget) -> Selection:
         g = layer.geometry
-        scores, lse = ops.label_scores(
+        return ops.label_top_k(
             q,
             [layer.metadata(spec.name) for spec in self.metadata(g)],
             self._orders[layer.index],
             layer.page_table,
             layer.seq_lens,
-            sm_scale=g.sm_scale,
-            # Half the bytes on a GPU, where they are written and read again; below the error of a label.
-            out_dtype=torch.float16 if q.is_cuda else torch.float32,
-            with_lse=self.reduce == "softmax",
-        )
-        return ops.top_k(
-            scores,
             budget.tokens,
-            layer.seq_lens,
-            granularity=1,
             capacity=budget.capacity,
             reduce=self.reduce,
-            lse=lse,
+            sm_scale=g.sm_scale,
         )

@@ -22,8 +22,13 @@ def select(scores, counts, lengths, *, clusters=None, lse=None, capacity=None, *
 
 
 def check(scores, counts, lengths, *, tolerance=0.0, **options):
-    """Compare with the twin; entries that differ must differ in their combined score by no more than `tolerance`."""
+    """Compare with the twin."""
     got, want = select(scores, counts, lengths, **options)
+    return compare(got, want, scores, counts, lengths, tolerance=tolerance, **options)
+
+
+def compare(got, want, scores, counts, lengths, *, tolerance=0.0, **options):
+    """Entries that differ must differ in their combined score by no more than `tolerance`; returns `got`."""
     assert torch.equal(got.lengths, want.lengths)
     mine, theirs = (s.indices.masked_fill(~s.counted(), 0) for s in (got, want))
     if torch.equal(mine, theirs):

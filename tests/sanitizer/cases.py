@@ -316,6 +316,30 @@ def label_scores(at: At) -> Iterator[Any]:
                     yield (scores, lse) if with_lse else scores
 
 
+@case("label_top_k")
+def label_top_k(at: At) -> Iterator[Any]:
+    # A row of several blocks, rows of one, and ranks that lie where sums of softmaxes are 0.
+    for lengths, heads, group, bits, r, scale in (
+        ((9000, 300), 1, 4, 4, 16, None),
+        (RAGGED, 2, 8, 2, 32, None),
+        ((3000, 97), 1, 1, 4, 32, 30.0),
+    ):
+        cache = at.cache(lengths, heads=heads, group=group, dim=128, page=16, dtype=torch.bfloat16)
+        channels, label = cache.labels(r, bits)
+        inputs = (
+            cache.q,
+            label,
+            channels,
+            cache.table,
+            cache.seq_lens,
+            at.ints([[max(1, max(lengths) // 4)] * heads] * len(lengths)),
+        )
+        for reduce, newest in (("softmax", False), ("max", True)):
+            options = {"capacity": max(lengths) // 4 + 1, "reduce": reduce, "sm_scale": scale, "force_newest": newest}
+            chosen = at.run(ops.label_top_k, *inputs, **options)
+            yield chosen.indices, chosen.lengths
+
+
 @case("spgemv")
 def spgemv(at: At) -> Iterator[Any]:
     for heads, (group, dim, page, _), out in zip((2, 3, 1), SHAPES, (torch.half, torch.float, torch.half), strict=True):

@@ -7,6 +7,7 @@ from twilight.ops.budget import budget
 from twilight.ops.dense_attention import dense_attention, exact_logits
 from twilight.ops.fused_decode import NewTokens, fused_decode
 from twilight.ops.label_scores import label_scores
+from twilight.ops.label_top_k import label_top_k
 from twilight.ops.merge import merge
 from twilight.ops.page_scores import dequantize_bounds, page_scores, quantize_bounds
 from twilight.ops.page_tail import page_tail
@@ -41,6 +42,7 @@ __all__ = [
     "keep_all",
     "key_labels",
     "label_scores",
+    "label_top_k",
     "mean_tail",
     "merge",
     "new_positions",

@@ -92,7 +92,7 @@ def cut_row(shape: Shape, *, num_sms: int, block_limit: int, total: int, most_bl
     """
     dim, vectors, rows = shape.dim, shape.vectors, shape.rows
     best, least = None, float("inf")
-    for cluster, fitting in _FITTING.items():
+    for cluster, fitting in FITTING.items():
         if cluster > most_blocks:
             break
         pages, entries = -(-shape.max_pages // (16 * cluster)) * 16, -(-shape.capacity // cluster)
@@ -141,7 +141,7 @@ def late_rows(cut: Plan, shape: Shape, num_sms: int) -> tuple[int, float]:
     return (rows // 3, bytes_a_page / 85) if 0.9 * num_sms <= rows <= num_sms else (0, 0.0)
 
 
-_FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
+FITTING = {1: 1.0, 2: 1.0, 4: 0.93, 8: 0.9, 16: 0.84}
 """Blocks of a cluster, and the share of an H200's places that such clusters find: they must lie in one GPC."""
 _BARRIERS = {1: 0.6, 2: 1.2, 4: 2.4, 8: 4.8, 16: 18.0}
 """Microseconds that blocks of a cluster wait for one another. 16 of them get 16 to 18 multiprocessors, not one each."""

@@ -34,17 +34,25 @@ _MIN_STEP = {8: 64, 16: 32, 32: 16, 64: 16}
 """Tokens that a warp scores at a time at least, by the channels of a label."""
 
 
+class LabelSource(ctypes.Structure):
+    """Mirrors the struct of raw_kernels/label_stream.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "channels", "label", "label_params", "page_table", "seq_lens")),
+        ("sm_scale", ctypes.c_float),
+        *((name, ctypes.c_int) for name in (
+            "q_is_bf16", "kv_heads", "group", "head_dim", "max_pages", "page_size", "n"
+        )),
+    ]  # fmt: skip
+
+
 class LabelScoresParams(ctypes.Structure):
     """Mirrors the struct of raw_kernels/label_scores.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "q", "channels", "label", "label_params", "page_table", "seq_lens", "out", "lse", "partials", "counters"
-        )),
-        ("sm_scale", ctypes.c_float),
-        *((name, ctypes.c_int) for name in (
-            "q_is_bf16", "batch", "kv_heads", "group", "head_dim", "num_channels", "bits", "max_pages", "page_size", "n"
-        )),
+        ("source", LabelSource),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "partials", "counters")),
+        *((name, ctypes.c_int) for name in ("batch", "num_channels", "bits")),
     ]  # fmt: skip
 
 
@@ -101,18 +109,18 @@ def label_scores(
     check_tensor("channels", channels, (None, None), dtype=torch.int32)
     check_tensor("page_table", page_table, (seq_lens.shape[0], None), dtype=torch.int32)
     kv_heads, r = channels.shape
-    bits = _check_label(label, kv_heads, r)
+    bits = check_label(label, kv_heads, r)
     if q.shape[1] % kv_heads:
         raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q.shape[1]}")
     if out_dtype not in (torch.float32, torch.float16):
         raise TypeError(f"out_dtype: expected float32 or float16, got {out_dtype}")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
-    if kernels.use_kernel(backend, q.device, _unsupported(q, label, channels)):
+    if kernels.use_kernel(backend, q.device, unsupported_label(q, label, channels)):
         return _cuda(q, label, channels, page_table, seq_lens, bits, scale, out_dtype, with_lse)
     return _torch(q, label, channels, page_table, seq_lens, bits, scale, out_dtype, with_lse)
 
 
-def _check_label(label: Sequence[torch.Tensor], kv_heads: int, r: int) -> int | None:
+def check_label(label: Sequence[torch.Tensor], kv_heads: int, r: int) -> int | None:
     """Return the bits of a code, or None where labels are as they are."""
     if len(label) == 1:
         check_tensor("label[0]", label[0], (None, kv_heads, None, r), dtype=FLOAT_DTYPES)
@@ -158,7 +166,7 @@ def _torch(
     return scores.to(out_dtype), lse
 
 
-def _unsupported(q: torch.Tensor, label: Sequence[torch.Tensor], channels: torch.Tensor) -> str | None:
+def unsupported_label(q: torch.Tensor, label: Sequence[torch.Tensor], channels: torch.Tensor) -> str | None:
     """Say why the kernel cannot take these, or return None."""
     if q.dtype not in _HALVES:
         return f"q is {q.dtype}; the kernel reads float16 and bfloat16"
@@ -167,12 +175,12 @@ def _unsupported(q: torch.Tensor, label: Sequence[torch.Tensor], channels: torch
     if not all(part.is_contiguous() and part.data_ptr() % 16 == 0 for part in label):
         return "labels are not contiguous, or do not begin at a multiple of 16 bytes"
     group, r = q.shape[1] // channels.shape[0], channels.shape[1]
-    if not _is_fast(label, r) and 4 * group * r > _MAX_SMEM:
+    if not is_fast(label, r) and 4 * group * r > _MAX_SMEM:
         return f"{group} query heads of {r} channels do not fit shared memory"
     return None
 
 
-def _is_fast(label: Sequence[torch.Tensor], r: int) -> bool:
+def is_fast(label: Sequence[torch.Tensor], r: int) -> bool:
     page_size = label[0].shape[2]
     return r in _SIZES and page_size >= 2 and page_size & (page_size - 1) == 0
 
@@ -188,14 +196,14 @@ def _cuda(
     out_dtype: torch.dtype,
     with_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    b, q_heads, dim = q.shape
+    b, q_heads, _ = q.shape
     (kv_heads, r), page_size = channels.shape, label[0].shape[2]
     group, n = q_heads // kv_heads, page_table.shape[1] * page_size
     out = torch.empty((b, q_heads, n), dtype=out_dtype, device=q.device)
     # Kept until the launch: a copy made here must not be freed and reused before the kernel is in the stream.
     q, channels, page_table, seq_lens = (t.contiguous() for t in (q, channels, page_table, seq_lens))
     kind = "half" if out_dtype == torch.float16 else "float"
-    fast = _is_fast(label, r)
+    fast = is_fast(label, r)
     # A warp a kv head, as many as share a page: what they read lies side by side.
     warps = next(w for w in (8, 4, 2, 1) if kv_heads % w == 0)
     subsets = -(-group // _MAX_HEADS)
@@ -208,10 +216,8 @@ def _cuda(
         partials = torch.empty((subsets, blocks, 2, _MAX_WARPS, _MAX_HEADS, 2), dtype=torch.float32, device=q.device)
         arrived = counters(q.device, subsets * b * kv_heads)
     params = LabelScoresParams(
-        q.data_ptr(), channels.data_ptr(), label[0].data_ptr(), None if bits is None else label[1].data_ptr(),
-        page_table.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), None if lse is None else lse.data_ptr(),
-        None if partials is None else partials.data_ptr(), None if arrived is None else arrived.data_ptr(),
-        sm_scale, q.dtype == torch.bfloat16, b, kv_heads, group, dim, r, bits or 16, page_table.shape[1], page_size, n,
+        label_source(q, channels, label, page_table, seq_lens, sm_scale), out.data_ptr(),
+        *(None if each is None else each.data_ptr() for each in (lse, partials, arrived)), b, r, bits or 16,
     )  # fmt: skip
     if fast:
         label_type = _HALVES[q.dtype] if bits is None else f"u{bits}"
@@ -224,6 +230,23 @@ def _cuda(
     if with_lse and lse is None:
         lse = out.float().logsumexp(-1)
     return out, lse
+
+
+def label_source(
+    q: torch.Tensor,
+    channels: torch.Tensor,
+    label: Sequence[torch.Tensor],
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sm_scale: float,
+) -> LabelSource:
+    """Point a kernel to tensors that lie in one piece, and that the caller keeps until the launch."""
+    kv_heads, page_size, max_pages = channels.shape[0], label[0].shape[2], page_table.shape[1]
+    return LabelSource(
+        q.data_ptr(), channels.data_ptr(), label[0].data_ptr(), label[1].data_ptr() if len(label) > 1 else None,
+        page_table.data_ptr(), seq_lens.data_ptr(), sm_scale, q.dtype == torch.bfloat16, kv_heads,
+        q.shape[1] // kv_heads, q.shape[2], max_pages, page_size, max_pages * page_size,
+    )  # fmt: skip
 
 
 @functools.cache
