@@ -4,8 +4,8 @@
 // half of the time is what the blocks of label_scores.cu take to put the log-sum-exp of a row together. Here a cluster has a (sequence, kv head), and each of its blocks
 // scores a slice of the tokens, into shared memory; keys take the place of the scores, see token_ranks.cuh. If the rank that is asked for lies where
 // sums of softmaxes are 0, the slice is scored again.
-// A block takes a multiprocessor and 32 us for 16 thousand tokens, of which the labels are 6: nothing hides its barriers and searches. So this is for rows that run all at once;
-// of more, label_scores.cu and token_top_k.cu have several blocks a multiprocessor, and take 219 us at b=64, 32k, where this takes 257.
+// A block takes a multiprocessor to itself, and some 30 us for 16 thousand tokens, of which reading labels is 6: nothing hides its barriers and searches. So this is for rows that run
+// all at once; of more, label_scores.cu and token_top_k.cu have several blocks a multiprocessor, and take 204 us at b=64, 32k, where this takes 218.
 // Floor: r * bits / 8 + 4 bytes a token and kv head, and 4 bytes a token selected: 12 + 1 at r=16 in 4 bits and a quarter of the tokens.
 #include "label_stream.cuh"
 #include "token_ranks.cuh"
@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) label_top_k(const __grid_constant
   }
 
   // 3. Keys, the threshold, and the list.
-  const Ranked ranked{params.reduce, kLog2e, group, first, size, params.force_newest ? length - 1 - first : -1, params.capacity,
-                      params.indices + static_cast<long long>(row) * params.capacity, params.lengths + row};
+  const Ranked ranked{params.reduce, kLog2e, group, first, size, params.force_newest ? length - 1 - first : -1, row, params.capacity, params.indices, params.lengths};
   const auto load = [&](int g, int chunk) {
     Chunk<half> x;
     x.load(s_scores + g * params.pitch + chunk * 8);

@@ -109,9 +109,10 @@ struct Ranked {
   int group;          // up to 16
   int first, size;    // of the slice
   int forced;         // the entry of the slice that is taken whatever its score, or -1
+  int row;
   int capacity;
-  int* out;           // [capacity]
-  int* length;
+  int* indices;       // [rows, capacity]
+  int* lengths;       // [rows]
 };
 
 // Before anything else, `count` being how many to take; the caller's barrier comes after.
@@ -140,7 +141,7 @@ template <int kThreads, typename TeamOf, typename Load, typename Keys>
 __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& team, Exchange& s, RankScratch<kThreads>& scratch, const float* lse, const Load& load, const Keys& keys,
                                             bool again) {
   constexpr int kWarps = kThreads / kWarp;
-  const int lane = lane_id(), warp = warp_id(), size = row.size, chunks = ceil_div(size, 8), group = row.group, forced = row.forced;
+  const int size = row.size, chunks = ceil_div(size, 8), group = row.group, forced = row.forced;
 
   // 1. Keys, and the first histogram. Both return how many entries this thread has found that can be ranked.
   const auto make_linear_keys = [&](u32 histogram) {
@@ -239,23 +240,26 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
   };
 
   // 2. Keys above `threshold` are taken, and of those equal to it the first `equal`. Every block finds the same.
-  u32 threshold = ~0u, low = 0, high = ~0u;
-  int equal = 0, want = again ? scratch.result[3] : 0, rank = 0, shift = 0;
   const bool linear = row.reduce == 0 && !again;
-  for (int round = again, made = 0;; ++round) {
+  {  // ahead of the loop, whose variables need no registers then
+    const u32 bins = smem_address(s.histogram[again]);
+    const int there = __reduce_add_sync(kFullMask, linear ? make_linear_keys(bins) : make_ordered_keys(bins));
+    if (lane_id() == 0 && !again) atomicAdd(&scratch.there, there);
+  }
+  const int lane = fresh(lane_id()), warp = fresh_thread() / kWarp;
+  u32 threshold = ~0u, low = linear ? kTiny : kNothing + 1, high = ~0u;
+  int equal = 0, want = 0, rank = 0, shift = linear ? kLinearShift : kOrderedShift;
+  for (int round = again;; ++round) {
     const int turn = round & 1;
+    const bool first = round == again;
     int* const histogram = s.histogram[turn];
-    const u32 bins = smem_address(histogram);
-    if (!made) {
-      shift = linear ? kLinearShift : kOrderedShift, low = linear ? kTiny : kNothing + 1, high = ~0u;
-      const int there = __reduce_add_sync(kFullMask, linear ? make_linear_keys(bins) : make_ordered_keys(bins));
-      if (lane == 0 && round == 0) atomicAdd(&scratch.there, there);
-    } else {
+    if (!first) {
       if (round > 1) {  // the histogram of the round before the last: everybody has read it
         for (int i = threadIdx.x; i < kRadixBins; i += kThreads) histogram[i] = 0;
         __syncthreads();
       }
-#pragma unroll 2
+      const u32 bins = smem_address(histogram);
+#pragma unroll 1
       for (int c = threadIdx.x; c < chunks; c += kThreads) {  // what lies behind the slice's end is in no range
         const Keys8 key = keys.load(c);
 #pragma unroll
@@ -282,8 +286,8 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
         for (int r = 0; r < team.size; ++r) sum += team.read(word, r);
         return sum;
       };
-      if (round == 0) want = min(scratch.result[3], warp_sum(lane < team.size ? team.read(&s.there, lane) : 0));
-      const int left = !made ? want : rank;
+      want = round == 0 ? min(scratch.result[3], warp_sum(lane < team.size ? team.read(&s.there, lane) : 0)) : scratch.result[3];
+      const int left = first ? want : rank;
       const int upper = over_team(s.coarse[turn] + kCoarse - 1 - 2 * lane), lower = over_team(s.coarse[turn] + kCoarse - 2 - 2 * lane);
       const int up_to = warp_inclusive_scan(upper + lower), before = up_to - upper - lower;
       const u32 found = __ballot_sync(kFullMask, before < left && left <= up_to);
@@ -305,10 +309,9 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
     want = scratch.result[3];
     if (want == 0) break;
     if (bin < 0) return false;
-    rank = (made ? rank : want) - scratch.result[1];
+    rank = (first ? want : rank) - scratch.result[1];
     low += static_cast<u32>(bin) << shift;
-    if (!(linear && !made && bin == kRadixBins - 1)) high = low + min(high - low, (1u << shift) - 1);
-    made = 1;
+    if (!(linear && first && bin == kRadixBins - 1)) high = low + min(high - low, (1u << shift) - 1);
     if (own == rank) {  // all of the bin
       threshold = low - 1;
       break;
@@ -334,7 +337,7 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
     for (int i = 0; i < 8; ++i) ties |= (key[i] == threshold ? 1u : 0u) << i;
   };
   int above = 0, same = 0;
-#pragma unroll 2
+#pragma unroll 1
   for (int c = begin + lane; c < end; c += kWarp) {
     u32 over, ties;
     mark(c, over, ties);
@@ -358,7 +361,7 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
   if (want > 0) {
     static_assert(2 * kRadixBins >= kWarps * kWarp * 8, "room for what a warp takes at a time");
     int* const taken = s.histogram[0] + warp * kWarp * 8;  // of no more use: everybody has come to the barrier
-    int* out = row.out + above + min(same, equal);
+    int* out = row.indices + static_cast<size_t>(row.row) * row.capacity + above + min(same, equal);
 #pragma unroll 1
     for (int c0 = begin; c0 < end; c0 += kWarp) {
       u32 marks, ties;
@@ -379,7 +382,7 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
       out += all;
     }
   }
-  for (int i = want + team.rank * kThreads + threadIdx.x; i < row.capacity; i += team.size * kThreads) row.out[i] = 0;
-  if (threadIdx.x == 0 && team.rank == 0) *row.length = want;
+  for (int i = want + team.rank * kThreads + threadIdx.x; i < row.capacity; i += team.size * kThreads) row.indices[static_cast<size_t>(row.row) * row.capacity + i] = 0;
+  if (threadIdx.x == 0 && team.rank == 0) row.lengths[row.row] = want;
   return true;
 }

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const _
   u32* const keys = kShared ? s_keys : p.keys + static_cast<long long>(row) * (ceil_div(p.n, 8) * 8) + first;
   const int whole_chunks = p.n % 8 == 0 ? size / 8 : 0;  // 16-byte loads
   const auto load = [&](int g, int chunk) {
-    const Score* const from = scores + static_cast<long long>(g) * p.n + chunk * 8;
+    const Score* const from = scores + static_cast<u32>(g * p.n + chunk * 8);  // the scores of a group are fewer than 2^32
     Chunk<Score> x;
     if (chunk < whole_chunks) x.load(from);
     else x.load_some(from, size - chunk * 8);
@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kThreads, kGlobal ? 1 : 2) token_top_k(const _
   __syncthreads();
 
   // 2. Keys, the threshold, and the list.
-  const Ranked ranked{p.reduce, p.scale_log2e, group, first, size, p.force_newest ? real - 1 - first : -1, p.capacity,
-                      p.indices + static_cast<long long>(row) * p.capacity, p.lengths + row};
+  const Ranked ranked{p.reduce, p.scale_log2e, group, first, size, p.force_newest ? real - 1 - first : -1, row, p.capacity, p.indices, p.lengths};
   for (bool again = false; !rank_tokens(ranked, team, s, s_ranks, s_lse, load, PlainKeys{keys}, again);) again = true;
   team.leave();
 }
