@@ -107,6 +107,26 @@ def test_large_workloads_leave_92_kb_to_l1():
         assert blocks * (plan.smem + own) <= 164 * 1024
 
 
+@pytest.mark.parametrize(
+    "batch,length,cut",
+    [
+        (1, 32768, (8, 8)),
+        (8, 32768, (2, 16)),
+        (16, 32768, (1, 16)),
+        (64, 32768, (1, 16)),
+        (4, 131072, (4, 16)),
+        (8, 131072, (4, 16)),
+        (16, 65536, (2, 16)),
+        (32, 131072, (4, 16)),
+    ],
+)
+def test_lists_of_tokens_are_cut_as_an_h200_liked_it(batch, length, cut):
+    # Each within 9 % of the best of its neighbours; blocks that leave L1 nothing were a fifth slower than stages.
+    plan = cut_row(Shape(batch * 8, length // 16, length // 64, 4, 128, 0, 16, False, listed=True), **H200)
+    assert (plan.cluster, plan.warps) == cut
+    assert plan.smem + static_bytes(4, 128) <= 196 * 1024
+
+
 @pytest.mark.parametrize("group,dim", [(1, 64), (4, 128), (8, 128), (8, 256)])
 def test_a_listed_token_has_a_word_that_says_where_it_lies(group, dim):
     for rows, tokens in ((8, 8192), (8, 32768), (64, 8192), (512, 8192), (256, 32768), (8, 1)):

@@ -94,6 +94,15 @@ def test_equal_scores_go_to_the_lower_token(reduce):
 
 
 @CLUSTERS
+def test_ties_go_on_where_a_warp_has_more_than_it_takes_at_a_time():
+    # Blocks of 9000 tokens: 563 a warp, 256 at a time.
+    labels = Labels([9000] * 40, 4)
+    labels.label[0].fill_(0x55), labels.label[1].fill_(0.5)
+    got = check(labels, ints(*[[8000, 4000 + row] for row in range(40)]))
+    assert got.indices[39, 1, :4039].tolist() == list(range(4039))
+
+
+@CLUSTERS
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 def test_nan_and_infinite_labels(reduce):
     labels = Labels([9000, 300], 4)

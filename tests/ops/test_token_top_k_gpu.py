@@ -226,3 +226,18 @@ def test_a_capture_is_replayed_while_rows_grow(clusters):
         assert torch.equal(got.lengths, want.lengths)
         mine, theirs = (s.indices.masked_fill(~s.counted(), 0) for s in (got, want))
         assert float((mine == theirs).float().mean()) > 0.999
+
+
+@HALVES
+@CLUSTERS
+@pytest.mark.parametrize("reduce", ["softmax", "max"])
+def test_ties_go_on_where_a_warp_has_more_than_it_takes_at_a_time(dtype, clusters, reduce):
+    # A block for each of 160 rows: 1250 entries a warp, 256 at a time.
+    scores = make(20, 8, 2, 20000, dtype, kind="equal")
+    scores[..., 7::1000] += 1
+    counts = torch.randint(100, 20000, (20, 8), dtype=torch.int32, device=DEVICE)
+    got = check(scores, counts, ints(*[20000 - row for row in range(20)]), clusters=clusters, reduce=reduce)
+    # The better ones, and the first of all others.
+    count = int(got.lengths[3, 5])
+    others = [i for i in range(20000) if i % 1000 != 7][: count - 20]
+    assert got.indices[3, 5, :count].tolist() == sorted(others + list(range(7, 20000, 1000)))

@@ -88,7 +88,9 @@ def cut_row(shape: Shape, *, num_sms: int, block_limit: int, total: int, most_bl
     an H200: 32 bytes a nanosecond a multiprocessor, 24 for 8 warps alone; 18 us of searching for 16 warps and 15 for 8,
     and 1.5 and 2.4 more for every thousand candidates, a fifth more beside a neighbour. Fitted to what was measured
     from b=1 at 8k to b=64 at 32k and b=32 at 128k, with the cuts of either side; the sums are 3 us off at b=1, and 7 %
-    above.
+    above. Of lists of tokens rows are more and shorter, so that waves overlap, and a token takes 4 bytes more, which
+    may be L1's: with both the choice is within 9 % of the best of up to ten cuts, at eight sizes from b=1 at 32k to
+    b=32 at 128k.
     """
     dim, vectors, rows = shape.dim, shape.vectors, shape.rows
     best, least = None, float("inf")
@@ -113,8 +115,11 @@ def cut_row(shape: Shape, *, num_sms: int, block_limit: int, total: int, most_bl
             if at_once == 0:
                 continue
             together = -(-at_once * cluster // num_sms)
-            waves = -(-rows // at_once)
+            waves: float = -(-rows // at_once)
             streams = size * max(together / 32e3, 1 / (32e3 if warps == 16 else 24e3))
+            if shape.listed:
+                waves = max(1.0, rows / at_once)
+                streams *= _SHORT_OF_L1 if room * resident > _SMEM_OF_TWO else 1.0
             search = 18 + 1.5e-3 * tokens if warps == 16 else (15 + 2.4e-3 * tokens) * (1.2 if together > 1 else 1.0)
             time = waves * (streams + search + _BARRIERS[cluster])
             if time < least:
@@ -149,6 +154,9 @@ _SMEM_OF_TWO = 196 * 1024
 """What two blocks may take together on sm_90: the rest, 60 KB, is L1, without which loads have no place to wait in.
 
 With 164 KB it has 92, which is 5 % faster at b=64, 32k; `cut_row` does not tell the two apart."""
+
+_SHORT_OF_L1 = 1.7
+"""How much longer streams take where blocks leave L1 less: 313 instead of 265 us at b=8, 128k with Double Sparsity."""
 
 
 def static_bytes(group: int, dim: int) -> int:
