@@ -25,7 +25,7 @@
 #include "fused_tokens.cuh"
 #include "fused_top_p.cuh"
 
-// Where things lie in dynamic shared memory, as `fused_decode.py` lays them out. All blocks should leave 92 of a multiprocessor's 256 KB to its L1, where loads
+// Where things lie in dynamic shared memory, as `fused_plan.py` lays them out. All blocks should leave 92 of a multiprocessor's 256 KB to its L1, where loads
 // under way have their places: with 60 KB b=64 and 32k takes 5 % longer, with 28 the streams run at 60 % of their speed.
 struct Layout {
   int numbers;        // behind the scores of pages (float): numbers of this block's pages

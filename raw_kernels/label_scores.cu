@@ -12,7 +12,7 @@
 //
 // A warp is a kv head, and the warps of a block go through the same tokens: what the heads of a page have lies side by side, so that DRAM sees a kilobyte
 // rather than 128 bytes. Every block takes an equal, contiguous share of all sequences' steps, which each warp finds from the lengths by itself; the
-// grid is what fits the GPU at once. Labels are loaded kAhead steps before they are scored, page numbers a batch of 32 pages before that.
+// grid is what fits the GPU at once. Labels are loaded kAhead steps before they are scored, page numbers kAhead steps before that.
 //
 // kLse: the log-sum-exp of each row comes with its scores, so that who ranks them need not read them twice. The exponentials fit between the loads: 35 instructions on 104 for 64
 // tokens and 4 heads. A lane adds up what it has written itself, relative to a base that moves only if it must; the block that is last to finish a row puts the shares together.

@@ -20,7 +20,7 @@
 constexpr int kMaxGroup = 16;
 constexpr int kCoarse = 64, kFine = kRadixBins / kCoarse;
 constexpr u32 kTiny = 0x02000000u;  // 2^-123, the least sum that is ranked as it is
-constexpr int kLinearShift = 19;    // from there to 2^5 in 2048 bins of 1/16 of a power of two; there are sums up to 16
+constexpr int kLinearShift = 19;    // from there to 2^5 in 2048 bins of 1/16 of a power of two; there are sums up to 16, and above where a log-sum-exp is of other roundings
 constexpr int kOrderedShift = 32 - kRadixBits;
 constexpr u32 kTooSmall = 1;        // the key of an entry whose sum is less; of no entry at all: 0
 
@@ -38,7 +38,7 @@ struct Exchange {
   int histogram[2][kRadixBins];
   int coarse[2][kCoarse];
   float head_max[kMaxGroup], head_sum[kMaxGroup];
-  int there;         // entries to rank
+  int there[2];      // entries to rank: by sums, and by logarithms
   int above, same;   // entries above the threshold, and equal to it
 };
 
@@ -53,7 +53,6 @@ struct Team : AnyCluster {
     return alone() ? *local : AnyCluster::read(local, at);
   }
   __device__ void leave() const { sync(); }  // a block that leaves takes its shared memory along
-  Exchange* shared;
 };
 template <>
 struct Team<true> {
@@ -99,7 +98,7 @@ struct Team<true> {
 // What a block needs besides.
 template <int kThreads>
 struct RankScratch {
-  int result[4], above[kThreads / kWarp], same[kThreads / kWarp], there;
+  int result[4], above[kThreads / kWarp], same[kThreads / kWarp], there[2];
 };
 
 // A row, and this block's slice of it.
@@ -119,7 +118,7 @@ struct Ranked {
 template <int kThreads>
 __device__ __forceinline__ void clear_ranks(Exchange& s, RankScratch<kThreads>& scratch, int count) {
   for (int i = threadIdx.x; i < 2 * kRadixBins; i += kThreads) (&s.histogram[0][0])[i] = 0;
-  if (threadIdx.x == 0) scratch.there = 0, scratch.result[3] = count;
+  if (threadIdx.x == 0) scratch.there[0] = scratch.there[1] = 0, scratch.result[3] = max(count, 0);
 }
 
 // The log-sum-exp of each head, in base 2, of what every block has put into head_max and head_sum. A head without scores gets 0 and adds nothing: 2^(-inf - 0).
@@ -172,7 +171,7 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
       if (plain) {
         there += 8;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) count_shared(histogram + 4 * ((key[i] >> kLinearShift) - (kTiny >> kLinearShift)));
+        for (int i = 0; i < 8; ++i) count_shared(histogram + 4 * min((key[i] - kTiny) >> kLinearShift, kRadixBins - 1u));
       } else {
         u32 some = forced >> 3 == c ? 1u << (forced & 7) : 0;  // entries that are there: a head has scored them
 #pragma unroll 1
@@ -184,7 +183,8 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
         there += __popc(some);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          if (!(w[i] >= __uint_as_float(kTiny))) key[i] = w[i] != w[i] ? kNaN : some >> i & kTooSmall;
+          // Where no head has a score there is nothing, whatever the log-sum-exp.
+          if (!(w[i] >= __uint_as_float(kTiny))) key[i] = w[i] != w[i] && (some >> i & 1) ? kNaN : some >> i & kTooSmall;
           if (forced == c * 8 + i) key[i] = kForced;
           if (key[i] >= kTiny) count_shared(histogram + 4 * min((key[i] - kTiny) >> kLinearShift, kRadixBins - 1u));
         }
@@ -197,7 +197,11 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
     int there = 0;
 #pragma unroll 1
     for (int c = threadIdx.x; c < chunks; c += kThreads) {
-      const auto logit = [&](float x, int g) { return row.reduce == 0 && x != -inf() ? fmaf(x, row.scale_log2e, -lse[g]) : x; };
+      const auto logit = [&](float x, int g) {
+        if (row.reduce != 0 || x == -inf()) return x;
+        const float y = fmaf(x, row.scale_log2e, -lse[g]);
+        return y == -inf() && lse[g] < inf() ? finite(y) : y;  // a score as low as floats go is one
+      };
       u32 key[8];
 #pragma unroll
       for (int i0 = 0; i0 < 8; i0 += 4) {  // all at once would not fit 64 registers
@@ -244,7 +248,7 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
   {  // ahead of the loop, whose variables need no registers then
     const u32 bins = smem_address(s.histogram[again]);
     const int there = __reduce_add_sync(kFullMask, linear ? make_linear_keys(bins) : make_ordered_keys(bins));
-    if (lane_id() == 0 && !again) atomicAdd(&scratch.there, there);
+    if (lane_id() == 0) atomicAdd(&scratch.there[again], there);
   }
   const int lane = fresh(lane_id()), warp = fresh_thread() / kWarp;
   u32 threshold = ~0u, low = linear ? kTiny : kNothing + 1, high = ~0u;
@@ -272,10 +276,10 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
       const int sum = __reduce_add_sync(kFullMask, histogram[i * kFine + lane]);
       if (lane == 0) s.coarse[turn][i] = sum;
     }
-    if (threadIdx.x == 0 && round == 0) s.there = scratch.there;
+    if (threadIdx.x == 0 && first) s.there[again] = scratch.there[again];
     if constexpr (TeamOf::kApart) {
       __syncthreads();
-      team.publish(histogram, kRadixBins), team.publish(s.coarse[turn], kCoarse), team.publish(&s.there, 1);
+      team.publish(histogram, kRadixBins), team.publish(s.coarse[turn], kCoarse), team.publish(s.there + again, 1);
     }
     team.sync();
     if (warp == 0) {
@@ -286,7 +290,8 @@ __device__ __forceinline__ bool rank_tokens(const Ranked& row, const TeamOf& tea
         for (int r = 0; r < team.size; ++r) sum += team.read(word, r);
         return sum;
       };
-      want = round == 0 ? min(scratch.result[3], warp_sum(lane < team.size ? team.read(&s.there, lane) : 0)) : scratch.result[3];
+      want = scratch.result[3];
+      if (first) want = min(want, warp_sum(lane < team.size ? team.read(s.there + again, lane) : 0));
       const int left = first ? want : rank;
       const int upper = over_team(s.coarse[turn] + kCoarse - 1 - 2 * lane), lower = over_team(s.coarse[turn] + kCoarse - 2 - 2 * lane);
       const int up_to = warp_inclusive_scan(upper + lower), before = up_to - upper - lower;

@@ -128,6 +128,21 @@ def test_lists_of_tokens_are_cut_as_an_h200_liked_it(batch, length, cut):
 
 
 @pytest.mark.parametrize("group,dim", [(1, 64), (4, 128), (8, 128), (8, 256)])
+@pytest.mark.parametrize("kib,blocks", [(99, 1), (99, 8), (163, 1)])
+def test_lists_fit_smaller_gpus_or_are_for_the_stages(kib, blocks, group, dim):
+    gpu = {"num_sms": 108, "block_limit": kib * 1024, "total": (kib + 1) * 1024, "most_blocks": blocks}
+    for rows in (1, 8, 100, 2000):
+        for tokens in (1, 500, 8192, 32768):
+            plan = cut_row(Shape(rows, 2048, -(-tokens // 16), group, dim, 0, 16, False, listed=True), **gpu)
+            if plan is None:
+                # Places, logits, and outputs of the warps.
+                assert tokens // blocks * 4 * (group + 2) + 32 * group * dim > kib * 512
+                continue
+            assert plan.cluster <= blocks and plan.entries * plan.cluster * 16 >= tokens
+            assert plan.smem + static_bytes(group, dim) <= gpu["block_limit"]
+
+
+@pytest.mark.parametrize("group,dim", [(1, 64), (4, 128), (8, 128), (8, 256)])
 def test_a_listed_token_has_a_word_that_says_where_it_lies(group, dim):
     for rows, tokens in ((8, 8192), (8, 32768), (64, 8192), (512, 8192), (256, 32768), (8, 1)):
         shape = Shape(rows, 2048, -(-tokens // 16), group, dim, 0, 32, False, listed=True)

@@ -54,6 +54,12 @@ def test_refuses_what_does_not_fit_together():
         ops.label_top_k(*inputs[:5], counts[:, :1], capacity=3)
     with pytest.raises(ValueError, match="capacity: expected"):
         ops.label_top_k(*inputs, capacity=0)
+    with pytest.raises(TypeError, match="page_table: expected dtype int32, got int64"):
+        ops.label_top_k(*inputs[:3], case.table.long(), *inputs[4:], capacity=3)
+    with pytest.raises(ValueError, match=r"q: expected shape \[2, any, any\], got \[1, 6, 24\]"):
+        ops.label_top_k(case.q[:1], *inputs[1:], capacity=3)
+    with pytest.raises(ValueError, match="q: expected a multiple of 2 heads, got 5"):
+        ops.label_top_k(case.q[:, :5], *inputs[1:], capacity=3)
     with pytest.raises(ValueError, match="label: expected"):
         ops.label_top_k(case.q, (), *inputs[2:], capacity=3)
     with pytest.raises(ValueError, match="backend: 'cuda' needs CUDA tensors"):

@@ -14,7 +14,7 @@ KEYS = 200 * 1024
 @pytest.mark.parametrize("rows", [1, 8, 64, 512, 4096])
 @pytest.mark.parametrize("n", [1, 8, 1000, 8192, 32768, 131072, 1_000_000])
 def test_slices_cover_a_row_and_blocks_run_together(n: int, rows: int, clusters: bool) -> None:
-    blocks, entries = token_top_k._team(rows, n, KEYS, 132, clusters=clusters)
+    blocks, entries = token_top_k._team(rows, n, KEYS, 132, clusters=clusters, most=16)
     assert entries % 8 == 0 and blocks * entries >= n
     # No block is without work: the last slice begins inside the row.
     assert (blocks - 1) * entries < n
@@ -25,7 +25,7 @@ def test_slices_cover_a_row_and_blocks_run_together(n: int, rows: int, clusters:
 
 def test_few_rows_are_spread_and_many_share_a_multiprocessor() -> None:
     def blocks(rows: int, n: int, clusters: bool = True) -> int:
-        return token_top_k._team(rows, n, KEYS, 132, clusters=clusters)[0]
+        return token_top_k._team(rows, n, KEYS, 132, clusters=clusters, most=16)[0]
 
     # What was fastest on an H200.
     assert blocks(8, 131072) == blocks(8, 32768) == blocks(16, 32768) == 8 and blocks(8, 8192) == blocks(32, 32768) == 4
@@ -33,6 +33,13 @@ def test_few_rows_are_spread_and_many_share_a_multiprocessor() -> None:
     assert blocks(8, 131072, clusters=False) == 16 and blocks(8, 8192, clusters=False) == 8
     # Two blocks and what they need beside their keys fit one multiprocessor.
     for n in (8192, 32768, 131072):
-        of_row, entries = token_top_k._team(512, n, KEYS, 132, clusters=True)
+        of_row, entries = token_top_k._team(512, n, KEYS, 132, clusters=True, most=16)
         assert 2 * (4 * entries + token_top_k._STATIC_SMEM) <= KEYS + token_top_k._STATIC_SMEM
         assert of_row == {8192: 1, 32768: 2, 131072: 8}[n]
+
+
+@pytest.mark.parametrize("rows", [8, 32, 64])
+def test_where_clusters_are_of_8_at_most_none_is_larger(rows: int) -> None:
+    for n in (8192, 65536, 262144, 1_000_000):
+        blocks, entries = token_top_k._team(rows, n, 99 * 1024 - token_top_k._STATIC_SMEM, 170, clusters=True, most=8)
+        assert blocks <= 8 and blocks * entries >= n

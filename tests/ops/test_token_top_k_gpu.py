@@ -241,3 +241,28 @@ def test_ties_go_on_where_a_warp_has_more_than_it_takes_at_a_time(dtype, cluster
     count = int(got.lengths[3, 5])
     others = [i for i in range(20000) if i % 1000 != 7][: count - 20]
     assert got.indices[3, 5, :count].tolist() == sorted(others + list(range(7, 20000, 1000)))
+
+
+@CLUSTERS
+def test_scores_that_are_hardly_numbers(clusters):
+    """Masks of the lowest float, an infinite score, and a count below 0: lists end where the twin's do."""
+    scores = make(4, 2, 1, 12001, torch.float32)
+    lowest = torch.finfo(torch.float32).min
+    scores[0, :, ::2], scores[1], scores[2, 0, 5], scores[3, 1] = lowest, lowest, torch.inf, torch.nan
+    counts = ints([9000, 12001], [100, 7000], [40, -5], [-1, 12001])
+    got = check(scores, counts, ints(12001, 12001, 12001, 9001), clusters=clusters, capacity=12001)
+    assert got.lengths.tolist() == [[9000, 12001], [100, 7000], [1, 0], [0, 9001]]
+    # Behind the end of a row of NaN there is nothing, and the newest entry comes after all that are NaN.
+    got = check(scores, counts, ints(12001, 12001, 12001, 9001), clusters=clusters, capacity=12001, force_newest=True)
+    assert got.indices[3, 1, 9000] == 9000
+
+
+@CLUSTERS
+def test_a_log_sum_exp_of_other_roundings(clusters):
+    """Sums of softmaxes are at most the group's size, but for scores of some thousand, whose halves are 8 apart."""
+    scores = torch.full((2, 8, 12000), 12200.0, device=DEVICE)
+    scores[:, :, 700] = 12284.1
+    lse = scores.logsumexp(-1)
+    counts = ints([4] * 8, [9000] * 8)
+    got = check(scores.half(), counts, ints(12000, 9001), clusters=clusters, lse=lse, capacity=9000)
+    assert got.indices[0, 0, :4].tolist() == [0, 1, 2, 700] and got.lengths[0].tolist() == [4] * 8

@@ -20,10 +20,10 @@ from twilight import kernels
 from twilight.budget import Budget
 from twilight.checks import FLOAT_DTYPES, check_p, check_tensor
 from twilight.ops.append import aligned, append
-from twilight.ops.fused_plan import TILE, Layout, Shape, late_rows, max_cluster, plan, static_bytes
+from twilight.ops.fused_plan import TILE, Layout, Shape, late_rows, plan, static_bytes
 from twilight.ops.page_scores import page_scores
 from twilight.ops.quantize import shadow_bytes
-from twilight.ops.scratch import shared_memory
+from twilight.ops.scratch import max_cluster, shared_memory
 from twilight.ops.sparse_attention import sparse_attention
 from twilight.ops.spgemv import estimate_scores
 from twilight.ops.summaries import Summary

@@ -7,10 +7,8 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from twilight import kernels
-from twilight.ops.scratch import shared_memory
+from twilight.ops.scratch import max_cluster, shared_memory
 
 TILE = 16
 """Tokens of a list that a block is dealt at a time."""
@@ -63,13 +61,6 @@ class Plan:
     entries: int
     layout: Layout
     smem: int
-
-
-@functools.cache
-def max_cluster(index: int) -> int:
-    """Blocks of a cluster at most: 16 in data centres' GPUs, 8 in the others, which run portable sizes only."""
-    major, _ = torch.cuda.get_device_capability(index)
-    return 1 if major < 9 else 16 if major in (9, 10) else 8
 
 
 @functools.lru_cache(maxsize=1024)

@@ -105,13 +105,7 @@ def label_scores(
     Raises:
         TypeError, ValueError: shapes and types that do not fit together.
     """
-    check_tensor("q", q, (seq_lens.shape[0], None, None), dtype=FLOAT_DTYPES)
-    check_tensor("channels", channels, (None, None), dtype=torch.int32)
-    check_tensor("page_table", page_table, (seq_lens.shape[0], None), dtype=torch.int32)
-    kv_heads, r = channels.shape
-    bits = check_label(label, kv_heads, r)
-    if q.shape[1] % kv_heads:
-        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q.shape[1]}")
+    bits = check_labels(q, label, channels, page_table, seq_lens)
     if out_dtype not in (torch.float32, torch.float16):
         raise TypeError(f"out_dtype: expected float32 or float16, got {out_dtype}")
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
@@ -120,8 +114,20 @@ def label_scores(
     return _torch(q, label, channels, page_table, seq_lens, bits, scale, out_dtype, with_lse)
 
 
-def check_label(label: Sequence[torch.Tensor], kv_heads: int, r: int) -> int | None:
-    """Return the bits of a code, or None where labels are as they are."""
+def check_labels(
+    q: torch.Tensor,
+    label: Sequence[torch.Tensor],
+    channels: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> int | None:
+    """Refuse what does not fit together; return the bits of a code, or None where labels are as they are."""
+    check_tensor("seq_lens", seq_lens, (None,), dtype=torch.int32)
+    check_tensor("q", q, (seq_lens.shape[0], None, None), dtype=FLOAT_DTYPES)
+    check_tensor("page_table", page_table, (seq_lens.shape[0], None), dtype=torch.int32)
+    kv_heads, r = check_tensor("channels", channels, (None, None), dtype=torch.int32).shape
+    if q.shape[1] % kv_heads:
+        raise ValueError(f"q: expected a multiple of {kv_heads} heads, got {q.shape[1]}")
     if len(label) == 1:
         check_tensor("label[0]", label[0], (None, kv_heads, None, r), dtype=FLOAT_DTYPES)
         return None

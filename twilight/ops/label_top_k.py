@@ -15,9 +15,9 @@ import torch
 
 from twilight import kernels
 from twilight.checks import check_positive, check_tensor
-from twilight.ops.fused_plan import FITTING, max_cluster
-from twilight.ops.label_scores import LabelSource, check_label, is_fast, label_scores, label_source, unsupported_label
-from twilight.ops.scratch import shared_memory
+from twilight.ops.fused_plan import FITTING
+from twilight.ops.label_scores import LabelSource, check_labels, is_fast, label_scores, label_source, unsupported_label
+from twilight.ops.scratch import max_cluster, shared_memory
 from twilight.ops.top_k import top_k
 from twilight.selection import Selection
 from twilight.selector import REDUCTIONS, check_reduce
@@ -91,10 +91,8 @@ def label_top_k(
     Raises:
         TypeError, ValueError: shapes and types that do not fit together.
     """
-    check_tensor("seq_lens", seq_lens, (None,), dtype=torch.int32)
-    kv_heads = check_tensor("channels", channels, (None, None), dtype=torch.int32).shape[0]
-    check_tensor("counts", counts, (seq_lens.shape[0], kv_heads), dtype=torch.int32)
-    check_label(label, *channels.shape)
+    check_labels(q, label, channels, page_table, seq_lens)
+    check_tensor("counts", counts, (seq_lens.shape[0], channels.shape[0]), dtype=torch.int32)
     check_reduce(reduce)
     check_positive("capacity", capacity)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale

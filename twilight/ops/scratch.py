@@ -41,6 +41,13 @@ def counters(device: torch.device, count: int) -> torch.Tensor:
 
 
 @functools.cache
+def max_cluster(index: int) -> int:
+    """Blocks of a cluster at most: 16 in data centres' GPUs, 8 in the others, which run portable sizes only."""
+    major, _ = torch.cuda.get_device_capability(index)
+    return 1 if major < 9 else 16 if major in (9, 10) else 8
+
+
+@functools.cache
 def shared_memory(index: int) -> tuple[int, int]:
     """Return the bytes of shared memory that a block may have, and that a multiprocessor has."""
     properties = torch.cuda.get_device_properties(index)

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from twilight import kernels
-from twilight.ops.scratch import counters
+from twilight.ops.scratch import counters, max_cluster
 from twilight.selection import Selection
 from twilight.selector import REDUCTIONS
 
@@ -19,7 +19,7 @@ _STATIC_SMEM = 20 * 1024
 _MIN_SLICE = 1024
 """Entries of a block, below which a row is not split further."""
 _MAX_BLOCKS = 16
-_EXCHANGE_BYTES = 4 * (2 * 2048 + 2 * 64 + 2 * 16 + 3)
+_EXCHANGE_BYTES = 4 * (2 * 2048 + 2 * 64 + 2 * 16 + 4)
 """What a block lets the others see, struct Exchange of the kernel."""
 _PARTS_BYTES = 4 * 2 * 16 * 16
 """Maxima and sums of 16 warps for 16 heads, which lie where keys will."""
@@ -76,7 +76,8 @@ def launch(
     indices = torch.empty((b, kv_heads, capacity), dtype=torch.int32, device=device)
     lengths = torch.empty((b, kv_heads), dtype=torch.int32, device=device)
     keys_limit = kernels.smem_limit(index) - _STATIC_SMEM
-    blocks, slice_keys = _team(rows, n, keys_limit, kernels.num_sms(index), clusters=clusters)
+    most = max_cluster(index) if clusters else _MAX_BLOCKS
+    blocks, slice_keys = _team(rows, n, keys_limit, kernels.num_sms(index), clusters=clusters, most=most)
     shared, apart = 4 * slice_keys <= keys_limit, blocks > 1 and not clusters
     keys = None if shared else torch.empty((rows, -(-n // 8) * 8), dtype=torch.int32, device=device)
     exchange = torch.empty((rows, blocks, _EXCHANGE_BYTES), dtype=torch.uint8, device=device) if apart else None
@@ -99,11 +100,13 @@ def launch(
 def _kernel(kind: str, apart: bool, shared: bool, device: int) -> kernels.Kernel:
     expression = f"token_top_k<{kind}, {'true' if apart else 'false'}, {'true' if shared else 'false'}>"
     keys_limit = kernels.smem_limit(device) - _STATIC_SMEM
-    return kernels.load("token_top_k", expression, max_dynamic_smem=keys_limit, max_cluster=_MAX_BLOCKS, device=device)
+    return kernels.load(
+        "token_top_k", expression, max_dynamic_smem=keys_limit, max_cluster=max_cluster(device), device=device
+    )
 
 
 @functools.cache
-def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool) -> tuple[int, int]:
+def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool, most: int) -> tuple[int, int]:
     """Return the blocks of a row, and the entries of a block's slice."""
 
     def entries(blocks: int) -> int:
@@ -111,12 +114,12 @@ def _team(rows: int, n: int, keys_limit: int, num_sms: int, *, clusters: bool) -
 
     if not clusters:
         # They wait for each other, and must all be there: one a multiprocessor.
-        blocks = max(1, min(_MAX_BLOCKS, num_sms // rows, n // _MIN_SLICE))
+        blocks = max(1, min(most, num_sms // rows, n // _MIN_SLICE))
         return blocks, entries(blocks)
-    sizes: tuple[int, ...] = (1, 2, 4, 8, _MAX_BLOCKS)
+    sizes = tuple(size for size in (1, 2, 4, 8, _MAX_BLOCKS) if size <= most)
     # A multiprocessor each if rows alone are not enough, and no slices that barriers would take longer than; 16 only
-    # for what fits no smaller clusters. At 32k, H200: 12.6 us with 8 blocks at b=1 (4: 13.6, 16: 16.1), 16.5 with 4 at
-    # b=4 (2: 19.9, 8: 22.9), 21.0 with 2 at b=8 (1: 26.6, 4: 26.7).
+    # where slices of fewer would not lie in one multiprocessor twice. At 32k, H200: 12.6 us with 8 blocks at b=1 (4:
+    # 13.6, 16: 16.1), 16.5 with 4 at b=4 (2: 19.9, 8: 22.9), 21.0 with 2 at b=8 (1: 26.6, 4: 26.7).
     few = (size for size in sizes if size <= 8 and rows * size <= num_sms and n >= 2 * size * _MIN_SLICE)
     least = max(few, default=1)
     sizes = tuple(size for size in sizes if size >= least)
