@@ -297,7 +297,7 @@ def ranking(subject: Subject) -> None:
         check_form(step)
         found, layer, size = step.world.selector.ranking(step.layer), step.layer, step.world.geometry.page_size
         if found is None:
-            raise Skip("the selector's ranking is None: its stages run one after another")
+            raise Skip("the selector's ranking is None: select is a launch of its own, or more")
         if found.vectors:
             scores = ops.page_scores(step.q, found.vectors, layer.page_table, layer.seq_lens, page_size=size)
             best = ops.top_k(
