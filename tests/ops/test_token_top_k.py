@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 
+from twilight import resources
 from twilight.ops import token_top_k
 
 KEYS = 200 * 1024
@@ -43,3 +47,17 @@ def test_where_clusters_are_of_8_at_most_none_is_larger(rows: int) -> None:
     for n in (8192, 65536, 262144, 1_000_000):
         blocks, entries = token_top_k._team(rows, n, 99 * 1024 - token_top_k._STATIC_SMEM, 170, clusters=True, most=8)
         assert blocks <= 8 and blocks * entries >= n
+
+
+def test_blocks_without_clusters_have_room_for_what_they_exchange() -> None:
+    source = (resources.folder("raw_kernels") / "token_ranks.cuh").read_text()
+    sizes = {"kRadixBins": 2048, "kCoarse": 64, "kMaxGroup": 16, "2": 2}
+    body = re.search(r"^struct Exchange {\n(.*?)^};", source, re.M | re.S)
+    assert body and all(
+        f"{name} = {size}" in source for name, size in sizes.items() if name in ("kCoarse", "kMaxGroup")
+    )
+    members = re.sub(r"//[^\n]*|\b(?:int|float)\b", "", body[1]).replace(";", ",").split(",")
+    words = [
+        math.prod(sizes[each] for each in re.findall(r"\[(\w+)\]", member)) for member in members if member.strip()
+    ]
+    assert 4 * sum(words) == token_top_k._EXCHANGE_BYTES

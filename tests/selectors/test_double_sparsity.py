@@ -75,6 +75,23 @@ def test_selects_the_tokens_whose_labels_score_highest(
                 assert chosen[row][head] == sorted(best)
 
 
+@pytest.mark.parametrize("reduce", ["softmax", "sum", "max"])
+def test_combines_the_group_as_it_is_told(tmp_path: Path, orders: list[list[int]], reduce: str) -> None:
+    path = _write(tmp_path / "c.json", {0: orders})
+    selector = DoubleSparsity(path, 6, 16, reduce=reduce)
+    cache, keys, _ = fill(Geometry(1, 6, 2, 16, 4, torch.float32), [41], selector)
+    # One head far louder than the others: its sum and its softmax are not the same order.
+    q = torch.randn(1, 6, 16) * torch.tensor([8.0, 1, 1, 1, 8, 1])[:, None]
+    budget = UniformBudget(7).resolve(cache.layers[0].seq_lens, 2, max_seq_len=41)
+    chosen = lists(selector.select(q, cache.layers[0], budget))
+    for head in range(2):
+        mine = orders[head][:6]
+        scores = oracles.array(q[0, 3 * head : 3 * head + 3, mine]) @ oracles.array(keys[0][0, :, head, mine]).T / 4
+        heads = [oracles.softmax(row) if reduce == "softmax" else row for row in scores]
+        total = np.max(heads, 0) if reduce == "max" else np.sum(heads, 0)
+        assert chosen[0][head] == sorted(np.argsort(-total)[:7].tolist())
+
+
 @pytest.mark.parametrize("label_bits", [2, 4, 16])
 def test_labels_one_by_one_equal_at_once(tmp_path: Path, orders: list[list[int]], label_bits: int) -> None:
     selector = DoubleSparsity(_write(tmp_path / "c.json", {0: orders}), 4, label_bits)
