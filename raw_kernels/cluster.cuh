@@ -41,6 +41,8 @@ struct Cluster {
   }
 };
 
+#define SEND "st.async.shared::cluster.mbarrier::complete_tx::bytes"
+
 // A cluster whose size, a power of two, the launch decides. A block alone is a cluster of 1, before sm_90 too.
 struct AnyCluster {
   int size, rank, shift;
@@ -62,6 +64,12 @@ struct AnyCluster {
   __device__ void arrive() const {
 #if __CUDA_ARCH__ >= 900
     if (size > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+  }
+  // Without publishing what this warp has stored.
+  __device__ void arrive_relaxed() const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
   }
   __device__ void wait() const {
@@ -112,7 +120,68 @@ struct AnyCluster {
   __device__ static void add(u32 there, u32 x) { asm volatile(CLUSTER_ADD " [%0], %1;" ::"r"(there), "r"(x) : "memory"); }
 #undef CLUSTER_STORE
 #undef CLUSTER_ADD
+
+  // ---- what blocks send one another ----
+  // A barrier of the cluster that publishes what was stored is a MEMBAR.ALL.GPU for every warp, 0.3 to 0.4 us, and empties the L1. A block that knows how many bytes it is sent waits
+  // for these instead, at a box of its own, a barrier in its shared memory. A block alone stores, and its box is __syncthreads.
+
+  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange.
+  __device__ static void open(u64* box, u32 bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(box)), "r"(bytes) : "memory");
+#endif
+  }
+  // What was sent to `box` is there for the thread that comes back; nothing is said of what the threads of this block have done.
+  __device__ void await(u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile("{\n.reg .pred there;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 there, [%0], 0;\n@!there bra again;\n}" ::"r"(smem_address(box)) : "memory");
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+  // Store x, or add it, where `local` lies in block `at`, whose `box` counts its bytes.
+  __device__ void send(u32* local, int at, u32 x, u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile(SEND ".b32 [%0], %1, [%2];" ::"r"(address(local, at)), "r"(x), "r"(address(box, at)) : "memory");
+      return;
+    }
+#endif
+    *local = x;
+  }
+  __device__ void send(float2* local, int at, float2 x, u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile(SEND ".v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address(local, at)), "f"(x.x), "f"(x.y), "r"(address(box, at)) : "memory");
+      return;
+    }
+#endif
+    *local = x;
+  }
+  __device__ void send(uint4* local, int at, uint4 x, u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile(SEND ".v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address(local, at)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(address(box, at)) : "memory");
+      return;
+    }
+#endif
+    *local = x;
+  }
+  __device__ void send_add(u32* local, int at, u32 x, u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    if (size > 1) {
+      asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(address(local, at)), "r"(x), "r"(address(box, at))
+                   : "memory");
+      return;
+    }
+#endif
+    atomicAdd(local, x);
+  }
 };
+#undef SEND
 
 #if __CUDA_ARCH__ >= 900
 #define CLUSTER_DIMS(n) __cluster_dims__(n, 1, 1)

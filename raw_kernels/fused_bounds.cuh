@@ -9,7 +9,7 @@
 // Moves s.least and s.mass. `sums` are zeros, `bins` may be anything where the two are not the same; `warp_parts` [warps][kMaxHeads] and `all_parts` [blocks][kMaxHeads] are free.
 template <int kThreads, int kMaxHeads>
 __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int group, int least_tokens,
-                                             int most_tokens, float per_nat, u32* bins, u32* sums, float2* warp_parts, float2* all_parts) {
+                                             int most_tokens, float per_nat, u32* bins, u32* sums, float2* warp_parts, float2* all_parts, Mail& mail) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = lane_id(), warp = uniform_warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
   const int chunks = size / 8, first_chunk = nth < team ? nth * kWarp + lane : chunks, step = team * kWarp;
@@ -36,9 +36,9 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
       count += kept(words.x) + kept(words.y) + kept(words.z) + kept(words.w);
     }
     count = __reduce_add_sync(kFullMask, count) / 16;
-    if (lane == 0 && count) AnyCluster::add(AnyCluster::address(s.tally + g, cluster.owner(g)), static_cast<u32>(count));
+    if (lane == 0 && nth < team) cluster.send_add(s.tally + g, cluster.owner(g), static_cast<u32>(count), &mail.tally);
   }
-  cluster.sync();
+  cluster.await(&mail.tally);
   if (owned >= 0) {
     const int count = static_cast<int>(s.tally[owned]);
     // A head with a NaN or +inf keeps all.
@@ -122,10 +122,11 @@ __device__ __forceinline__ void bound_counts(const AnyCluster& cluster, TopPScra
     float all = 0.f;
 #pragma unroll 1
     for (int i = 0; i < team; ++i) all += warp_parts[i * group + lane].x;
-    AnyCluster::store(AnyCluster::address(all_parts + cluster.rank * kMaxHeads + lane, 0), make_float2(all, 0.f));
+    cluster.send(all_parts + cluster.rank * kMaxHeads + lane, 0, make_float2(all, 0.f), &mail.mass);
   }
-  cluster.sync();
-  if (cluster.rank == 0 && warp == 0 && lane < group && s.moved[lane] != 0) {
+  if (cluster.rank != 0) return;
+  cluster.await(&mail.mass);
+  if (warp == 0 && lane < group && s.moved[lane] != 0) {
     float all = 0.f;
 #pragma unroll 1
     for (int r = 0; r < cluster.size; ++r) all += all_parts[r * kMaxHeads + lane].x;

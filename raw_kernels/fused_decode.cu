@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   __shared__ TopPScratch<kMaxHeads> s_top_p;
   __shared__ __align__(16) float2 s_warps[kWarps][kMaxHeads];
   __shared__ float s_step[kMaxHeads], s_sum[kMaxHeads];
+  __shared__ Mail s_mail;
   const AnyCluster cluster;
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
   const int lane = lane_id(), warp = uniform_warp_id();
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
   // [blocks][kMaxHeads], two of them, and [blocks].
   const auto parts = [&](int nth) { return reinterpret_cast<float2*>(smem + p.at.parts) + nth * blocks * kMaxHeads; };
-  const auto totals = [&] { return reinterpret_cast<int*>(parts(2)); };
+  const auto totals = [&] { return reinterpret_cast<u32*>(parts(2)); };
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
 #pragma unroll 1
@@ -161,6 +162,15 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   int taken, entries, count = 0;
   const int tiles = ceil_div(real, kTile);
   const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
+  if (!cluster.alone() && warp == kWarps - 1) {  // a lane a box, in the order of Mail
+    const int team = kWarps / p.group, sent[] = {blocks * kMaxHeads * 8, (tiles - cluster.share(tiles)) * kTile * 4 + blocks * 16, blocks * p.group * 8, p.group * 12,
+                                                 cluster.share(p.group) * team * blocks * 4, blocks * p.group * 8,
+                                                 blocks * (p.group * (D / 4 >> cluster.shift) * 16 + p.group * 8 + (rank == 0 ? 4 + kWarps * p.group * 4 : 0))};
+    u32 bytes = 0;
+#pragma unroll
+    for (int i = 0; i < kMails; ++i) bytes = lane == i ? sent[i] : bytes;
+    if (lane < kMails) AnyCluster::open(reinterpret_cast<u64*>(&s_mail) + lane, bytes);
+  }
   if (threadIdx.x == 0) s_select.wanted = Vectors == 0 && counts != nullptr ? budget : min(real, budget);
   if (Vectors && budget < real) {
     count = cluster.share(tiles) * kTile - (last_here ? tiles * kTile - real : 0);
@@ -174,6 +184,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const auto wanted = [&] { return *static_cast<const volatile int*>(&s_select.wanted); };
   const auto chosen = [&] { return Vectors != 0 && wanted() < real; };
   // By the warp that scores the last tile: nobody else waits.
+  bool appended = false;
   if (last_here && warp == (cluster.place(tiles - 1) & (kWarps - 1)) && p.fresh.k != nullptr && p.fresh.counts[batch] != 0) {
     const long long place = static_cast<long long>(chosen() ? numbers[count - 1] : table[real - 1]) * p.kv_heads + kv_head;
     const int channel = lane * (D / kWarp);
@@ -185,9 +196,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
                          p.value_params + place};
     append_token<D, Vectors>(k, v, p.q_is_bf16, page, (seq_len - 1) & (page_size - 1), page_size);
     __syncwarp();
+    appended = true;
   }
-  // A block may write to another once that one runs: each waits before its first such store. What has been appended is seen then, too.
-  cluster.arrive();
+  // A block may write to another once that one runs: each waits before its first such store. What has been appended is seen then, too; what lies in shared memory is there since the last barrier.
+  if (appended) cluster.arrive();
+  else cluster.arrive_relaxed();
 
   // ---- which pages ----
   constexpr int kOwned = HeadScale<Tiles>::kOwned;
@@ -197,9 +210,9 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) state[i] = make_float2(kLowest, 0.f);
       if (count > 0) {
-        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, numbers, count, p.kv_heads, kv_head, [&](int page, int g, int nth, float score) {
+        score_pages<D, Vectors, Tiles, kWarps>(query, p.sm_scale, p.codes, p.code_params, numbers, count, p.kv_heads, kv_head, state, [&](int page, int g, int nth, float score) {
           if (g < p.group && page < p.page_share) scores[g * p.page_share + page] = score;
-          include(state[nth], score);
+          return score;
         });
       }
       join_lanes<Tiles>(state, s_warps[uniform_warp_id()]);
@@ -209,12 +222,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
         cluster.wait();
 #pragma unroll 1
         for (int r = uniform_warp_id(); r < blocks; r += kWarps) {
-          if (lane < kMaxHeads) AnyCluster::store(AnyCluster::address(parts(0) + rank * kMaxHeads + lane, r), all);
+          if (lane < kMaxHeads) cluster.send(parts(0) + rank * kMaxHeads + lane, r, all, &s_mail.scores);
         }
-        cluster.sync();
+        __syncthreads();  // everybody has read s_warps
+        cluster.await(&s_mail.scores);
         all = join_parts<kMaxHeads>(parts(0), blocks);
       }
-      share_keys<kThreads, 4 * Tiles>(cluster, s_select, reinterpret_cast<uint4*>(s_warps), scores, p.page_share, count, real, p.group, all, p.reduce, keys);
+      share_keys<kThreads, 4 * Tiles>(cluster, s_select, reinterpret_cast<uint4*>(s_warps), scores, p.page_share, count, real, p.group, all, p.reduce, keys, s_mail);
       entries = best_pages<kThreads>(cluster, s_select, keys, real, runs, reinterpret_cast<int*>(bins), blocks > 1 ? nullptr : numbers, table, logical, physical, taken);
     }
   }
@@ -256,11 +270,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     const auto take = [&](int slot, int g, int nth, float logit) {
       const half rounded = to_half_clamped(logit);
       if (g < p.group && slot < size) logits[g * pitch + slot] = rounded;
-      include(state[nth], to_float(rounded));
+      return to_float(rounded);
     };
     constexpr int kBatch = kTokenBatch<D, Tiles>;
-    if constexpr (kListed) score_listed<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, located, entries, p.page_shift, take);
-    else score_tokens<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head, take);
+    if constexpr (kListed) score_listed<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, located, entries, p.page_shift, state, take);
+    else score_tokens<D, Tiles, kWarps, kBatch>(query, p.sm_scale, p.shadow, physical, logical, entries, p.page_shift, seq_len, p.kv_heads, kv_head, state, take);
     join_lanes<Tiles>(state, s_warps[uniform_warp_id()]);
   }
   __syncthreads();
@@ -279,13 +293,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   cp_async_commit();
 
   // ---- top-p ----
-  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums);
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums, s_mail);
   if (p.min_tokens > 1 || p.max_tokens < taken << entry_shift) {
-    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1));
+    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1), s_mail);
   }
   Chunks own;
   int kept_here;
-  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_select.scan, runs, own, kept_here);
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_select.scan, runs, own, kept_here, s_mail);
 
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
@@ -340,7 +354,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     }
   };
   // ---- attention over this block's tokens ----
-  if (threadIdx.x == 0) AnyCluster::store(AnyCluster::address(totals() + rank, 0), static_cast<u32>(kept_here));
+  if (threadIdx.x == 0) cluster.send(totals() + rank, 0, static_cast<u32>(kept_here), &s_mail.results);
   cp_async_wait<0>();
   __syncthreads();
   float top, sum;
@@ -383,11 +397,11 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       finish(e, x, joint);
     } else {
       const int to = cluster.owner(e);
-      AnyCluster::store(AnyCluster::address(received + rank * each + cluster.place(e), to), uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)});
-      if (e % (D / 4) < blocks) AnyCluster::store(AnyCluster::address(parts(0) + rank * kMaxHeads + head, to), joint);
+      cluster.send(reinterpret_cast<uint4*>(received + rank * each + cluster.place(e)), to, uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)}, &s_mail.results);
+      if (e % (D / 4) < blocks) cluster.send(parts(0) + rank * kMaxHeads + head, to, joint, &s_mail.results);
     }
   }
-  cluster.sync();
+  cluster.await(&s_mail.results);
   report();
   if (cluster.alone()) return;
   // A half warp joins one float4, a lane a block.

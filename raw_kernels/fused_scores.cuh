@@ -16,10 +16,6 @@ __device__ __forceinline__ float2 join(float2 a, float2 b) {
   const float m = fmaxf(a.x, b.x);
   return make_float2(m, a.y * fast_exp2((a.x - m) * kLog2e) + b.y * fast_exp2((b.x - m) * kLog2e));
 }
-__device__ __forceinline__ void include(float2& a, float x) {
-  const float m = fminf(fmaxf(a.x, x), -kLowest);
-  a.y = a.y * fast_exp2((a.x - m) * kLog2e) + fast_exp2((x - m) * kLog2e), a.x = m;
-}
 
 // The queries of a group as s8 codes in shared memory: q = step * (main + residual / 254), each also with only what is positive or negative of the query.
 struct QueryCodes {
@@ -78,6 +74,9 @@ struct HeadScale {
   float scale[kHeadTiles][2], sum[kHeadTiles][2];
 
   static __device__ __forceinline__ int head(int nth, int tig) { return Tiles == 1 ? 2 * (tig & 1) + nth : nth / 2 * 8 + 2 * tig + nth % 2; }
+  // What a lane has of a tile: heads, and rows of each.
+  using Taken = float[kOwned][Tiles];
+
   __device__ __forceinline__ HeadScale(const QueryCodes& query, int tig, float factor, float sum_factor) {
 #pragma unroll
     for (int t = 0; t < kHeadTiles; ++t)
@@ -89,10 +88,11 @@ struct HeadScale {
   }
 };
 
-// Hand every score of a tile to `use(row, head, nth, score)`. `params` are (scale, zero), halves, of row gid or gid + 8, see `row_of`, or of both. With one column tile a lane has 2 heads of one row:
+// Hand every score of a tile to `use(row, head, nth, score)`, and keep what that returns. `params` are (scale, zero), halves, of row gid or gid + 8, see `row_of`, or of both. With one column tile a lane has 2 heads of one row:
 // heads lie in tig 0 and 1, residuals in tig 2 and 3, and two shuffles give tig 0 and 1 row gid, 2 and 3 row gid + 8.
 template <int Tiles, typename Use>
-__device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const u32 (&params)[Tiles == 1 ? 1 : 2], const Use& use) {
+__device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadScale<Tiles>& head, int gid, int tig, const u32 (&params)[Tiles == 1 ? 1 : 2], typename HeadScale<Tiles>::Taken& taken,
+                                       const Use& use) {
   if constexpr (Tiles == 1) {
     const bool upper = tig >= 2;
     const int got0 = __shfl_xor_sync(kFullMask, upper ? dot[0][0] : dot[0][2], 2);
@@ -101,8 +101,8 @@ __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadSca
     const int second = upper ? got1 * 254 + dot[0][3] : dot[0][1] * 254 + got1;
     const int r = gid + (upper ? 8 : 0), g = 2 * (tig & 1);
     const float2 sz = unpack2<half>(params[0]);
-    use(r, g, 0, fmaf(sz.x * head.scale[0][0], static_cast<float>(first), sz.y * head.sum[0][0]));
-    use(r, g + 1, 1, fmaf(sz.x * head.scale[0][1], static_cast<float>(second), sz.y * head.sum[0][1]));
+    taken[0][0] = use(r, g, 0, fmaf(sz.x * head.scale[0][0], static_cast<float>(first), sz.y * head.sum[0][0]));
+    taken[1][0] = use(r, g + 1, 1, fmaf(sz.x * head.scale[0][1], static_cast<float>(second), sz.y * head.sum[0][1]));
   } else {
     constexpr int kHeadTiles = Tiles / 2;
 #pragma unroll
@@ -111,8 +111,23 @@ __device__ __forceinline__ void settle(const int (&dot)[Tiles][4], const HeadSca
       for (int k = 0; k < 4; ++k) {
         const float2 sz = unpack2<half>(params[k / 2]);
         const int sum = dot[t][k] * 254 + dot[t + kHeadTiles][k];
-        use(gid + (k < 2 ? 0 : 8), 8 * t + 2 * tig + k % 2, 2 * t + k % 2, fmaf(sz.x * head.scale[t][k % 2], static_cast<float>(sum), sz.y * head.sum[t][k % 2]));
+        taken[2 * t + k % 2][k / 2] = use(gid + (k < 2 ? 0 : 8), 8 * t + 2 * tig + k % 2, 2 * t + k % 2, fmaf(sz.x * head.scale[t][k % 2], static_cast<float>(sum), sz.y * head.sum[t][k % 2]));
       }
+  }
+}
+// Take what `settle` has kept of several tiles into each head's maximum and sum. All at once: their exponentials do not wait for one another.
+template <int Tiles, int kBatch>
+__device__ __forceinline__ void include(float2 (&state)[HeadScale<Tiles>::kOwned], const typename HeadScale<Tiles>::Taken (&taken)[kBatch]) {
+#pragma unroll
+  for (int nth = 0; nth < HeadScale<Tiles>::kOwned; ++nth) {
+    float2& a = state[nth];
+    float m = a.x;
+#pragma unroll
+    for (int i = 0; i < kBatch * Tiles; ++i) m = fmaxf(m, taken[i / Tiles][nth][i % Tiles]);
+    m = fminf(m, -kLowest);
+    a.y *= fast_exp2((a.x - m) * kLog2e), a.x = m;
+#pragma unroll
+    for (int i = 0; i < kBatch * Tiles; ++i) a.y += fast_exp2((taken[i / Tiles][nth][i % Tiles] - m) * kLog2e);
   }
 }
 // The row of a tile whose parameters a lane loads as number h.
@@ -160,10 +175,10 @@ __device__ __forceinline__ float2 join_parts(const float2* parts, int count) {
 
 // Scores of `count` pages whose numbers lie in shared memory, Vectors codes of D channels each: 1 the mean key, 2 maxima and minima, of which the first
 // meet what is positive of the query and the second what is negative. `use(page, head, nth, score)`, scores times `sm_scale`;
-// -inf for what is not there, heads from `group` and pages from `count` on among it.
+// -inf for what is not there, heads from `group` and pages from `count` on among it. What it returns is taken into `state`.
 template <int D, int Vectors, int Tiles, int kWarps, typename Use>
 __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_scale, const u8* codes, const u32* params, const int* pages, int count, int kv_heads,
-                                            int kv_head, const Use& use) {
+                                            int kv_head, float2 (&state)[HeadScale<Tiles>::kOwned], const Use& use) {
   constexpr int kPieces = Vectors * D / 64;                                    // 16 bytes each, of a row, a lane
   // Tiles under way: what the registers hold, and of 16 warps no more than 64 KB, or L1 has no place for them: Quest's 128 KB are 2 % slower at b=32, 128k.
   constexpr int kFit = Tiles * kPieces >= 8 ? 1 : Tiles * kPieces == 4 ? 2 : 3, kPlaces = kPieces >= 4 ? 1 : 4 / kPieces;
@@ -203,6 +218,7 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
 #pragma unroll
       for (int h = 0; h < kParams; ++h) sz[i][h] = load_near4(params + place(tile, row_of<Tiles>(h, gid, tig)));
     }
+    typename HeadScale<Tiles>::Taken taken[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
@@ -216,10 +232,11 @@ __device__ __forceinline__ void score_pages(const QueryCodes& query, float sm_sc
           mma_u8s8(dot[t], low.z, high.z, low.w, high.w, b[t][j].z, b[t][j].w);
         }
       }
-      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float score) {
+      settle<Tiles>(dot, head, gid, tig, sz[i], taken[i], [&](int r, int g, int nth, float score) {
         const int page = tile * kTile + r;
-        use(page, g, nth, page < count ? score : -inf());
+        return use(page, g, nth, page < count ? score : -inf());
       });
     }
+    include<Tiles, kBatch>(state, taken);
   }
 }

@@ -10,6 +10,18 @@
 
 constexpr int kMaxCluster = 16;
 
+// What a block is sent, by exchange; see `AnyCluster::send`.
+struct Mail {
+  u64 scores;   // maxima and sums of the pages' scores
+  u64 keys;     // keys of pages, and their ranges
+  u64 logits;   // maxima and sums of the logits
+  u64 cuts;     // what is kept of each head
+  u64 tally;    // how many tokens p keeps
+  u64 mass;     // to block 0: the mass that a head keeps whose cut has moved
+  u64 results;  // what was attended to; to block 0 also how many tokens are kept
+};
+constexpr int kMails = sizeof(Mail) / sizeof(u64);
+
 template <int kThreads>
 struct SelectScratch {
   uint4 ranges[kMaxCluster];  // lowest and highest key, and how many there are, of every block; or of every warp where there is one block. Then keys of one bin
@@ -72,7 +84,7 @@ __device__ __forceinline__ int global_page(const AnyCluster& cluster, int i) { r
 // sum over heads of their softmaxes (reduce 0), the sum of scores (1) or the largest (2). `of_warps` has room for a uint4 of each.
 template <int kThreads, int kHeads>
 __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScratch<kThreads>& s, uint4* of_warps, const float* scores, int pitch, int count, int real, int group,
-                                           float2 state, int reduce, u32* keys) {
+                                           float2 state, int reduce, u32* keys, Mail& mail) {
   float base[kHeads];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) base[g] = __shfl_sync(kFullMask, state.x * kLog2e + __log2f(state.y), g);
@@ -118,14 +130,14 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
     uint4 all{kNaN, 0, 0, 0};
 #pragma unroll
     for (int w = 0; w < kThreads / kWarp; ++w) all.x = min(all.x, of_warps[w].x), all.y = max(all.y, of_warps[w].y), all.z += of_warps[w].z;
-    AnyCluster::store(AnyCluster::address(s.ranges + cluster.rank, threadIdx.x), all);
+    cluster.send(s.ranges + cluster.rank, threadIdx.x, all, &mail.keys);
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < padded / 4 << cluster.shift; i += kThreads) {  // 4 keys of one tile at a time
     const int to = cluster.owner(i), page = global_page(cluster, cluster.place(i) * 4);
-    if (to != cluster.rank) AnyCluster::store(AnyCluster::address(keys + page, to), *reinterpret_cast<const uint4*>(keys + page));
+    if (to != cluster.rank) cluster.send(reinterpret_cast<uint4*>(keys + page), to, *reinterpret_cast<const uint4*>(keys + page), &mail.keys);
   }
-  cluster.sync();
+  cluster.await(&mail.keys);
 }
 
 // From the keys of all `real` pages, those of the ascending list of the best `s.wanted` that fall to this block: in turn (stride = cluster size), or a run of

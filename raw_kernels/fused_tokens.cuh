@@ -54,10 +54,10 @@ struct NibbleQuery {
 };
 
 // Logits of the tokens of `count` pages. `use(slot, head, nth, logit)`: slots count the tokens of the list, and go on behind its end; -inf
-// for what is not there.
+// for what is not there. What it returns is taken into `state`.
 template <int D, int Tiles, int kWarps, int kBatch, typename Use>
 __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_scale, const u8* shadow, const int* pages, const int* logical, int count, int page_shift,
-                                             int seq_len, int kv_heads, int kv_head, const Use& use) {
+                                             int seq_len, int kv_heads, int kv_head, float2 (&state)[HeadScale<Tiles>::kOwned], const Use& use) {
   constexpr int kParams = Tiles == 1 ? 1 : 2;
   const int lane = fresh(lane_id());  // or what is made of it is kept from the start on
   const int gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
@@ -91,6 +91,7 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
       for (int h = 0; h < kParams; ++h) sz[i][h] = load_fresh4(row + to_pairs + row_of<Tiles>(h, gid, tig) * 4);
     }
     look(min(first + kWarps * kBatch, tiles - 1));
+    typename HeadScale<Tiles>::Taken taken[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
@@ -98,8 +99,9 @@ __device__ __forceinline__ void score_tokens(const QueryCodes& query, float sm_s
       const int real = tile < tiles ? seq_len - (logical[min(tile, tiles - 1) >> half_shift] << page_shift) - ((tile << 4) & (page_size - 1)) : 0;
       int dot[Tiles][4];
       codes.dot(dot, x[i]);
-      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float logit) { use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
+      settle<Tiles>(dot, head, gid, tig, sz[i], taken[i], [&](int r, int g, int nth, float logit) { return use(tile * kTile + r, g, nth, r < real ? logit : -inf()); });
     }
+    include<Tiles, kBatch>(state, taken);
   }
 }
 
@@ -126,7 +128,8 @@ __device__ __forceinline__ void locate_tokens(u32* located, int tiles, u32 end, 
 
 // Logits of the tokens of `tiles` tiles of a list, see `score_tokens`.
 template <int D, int Tiles, int kWarps, int kBatch, typename Use>
-__device__ __forceinline__ void score_listed(const QueryCodes& query, float sm_scale, const u8* shadow, const u32* located, int tiles, int page_shift, const Use& use) {
+__device__ __forceinline__ void score_listed(const QueryCodes& query, float sm_scale, const u8* shadow, const u32* located, int tiles, int page_shift,
+                                             float2 (&state)[HeadScale<Tiles>::kOwned], const Use& use) {
   constexpr int kParams = Tiles == 1 ? 1 : 2;
   const int lane = fresh(lane_id()), gid = lane / 4, tig = lane % 4, warp = uniform_warp_id();
   const int page_mask = (1 << page_shift) - 1, block_bytes = (D / 2 + 4) << page_shift, codes_bytes = D / 2 << page_shift;
@@ -160,15 +163,17 @@ __device__ __forceinline__ void score_listed(const QueryCodes& query, float sm_s
       }
     }
     look(min(first + kWarps * kBatch, tiles - 1));
+    typename HeadScale<Tiles>::Taken taken[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int tile = first + i * kWarps;
       int dot[Tiles][4];
       codes.dot(dot, x[i]);
-      settle<Tiles>(dot, head, gid, tig, sz[i], [&](int r, int g, int nth, float logit) {
+      settle<Tiles>(dot, head, gid, tig, sz[i], taken[i], [&](int r, int g, int nth, float logit) {
         const bool there = tile < tiles && !(missing << (2 * i + r / 8) & kMissing);
-        use(tile * kTile + r, g, nth, there ? logit : -inf());
+        return use(tile * kTile + r, g, nth, there ? logit : -inf());
       });
     }
+    include<Tiles, kBatch>(state, taken);
   }
 }

@@ -60,7 +60,7 @@ struct BinWeight {
 // every block. `bins` and `sums` have [group, kMassBins] zeros, and are one where the cluster is one block. `length` candidates a row. A warp works for head warp % group.
 template <int kThreads, int kMaxHeads>
 __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int length, int group, float p,
-                                               float per_nat, int bits, const float2* parts, float2* all_parts, u32* bins, u32* sums) {
+                                               float per_nat, int bits, const float2* parts, float2* all_parts, u32* bins, u32* sums, Mail& mail) {
   constexpr int kWarps = kThreads / kWarp;
   const int lane = lane_id(), warp = uniform_warp_id(), team = kWarps / group, nth = warp / group, g = warp - nth * group;
   const int chunks = size / 8, first_chunk = nth < team ? nth * kWarp + lane : chunks, step = team * kWarp;
@@ -76,9 +76,8 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
   const float limit = some && p < 1.f ? fminf(deep, kMassBins - 1) : -inf();
   if (!cluster.alone() && lane < group) {
 #pragma unroll 1
-    for (int r = warp; r < cluster.size; r += kWarps) AnyCluster::store(AnyCluster::address(all_parts + cluster.rank * kMaxHeads + lane, r), here);
+    for (int r = warp; r < cluster.size; r += kWarps) cluster.send(all_parts + cluster.rank * kMaxHeads + lane, r, here, &mail.logits);
   }
-  cluster.arrive();
 
   // Twice at most: all bins, then the bin that holds the cut, divided finer.
   const int owned = warp < group && cluster.owner(warp) == cluster.rank ? warp : -1;  // the head that this warp cuts
@@ -106,7 +105,7 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       }
     }
     if (pass == 0) {
-      if (!cluster.alone()) cluster.wait();
+      if (!cluster.alone()) cluster.await(&mail.logits);
       const float2 row = cluster.alone() ? here : join_parts<kMaxHeads>(all_parts, cluster.size);
       top = ceilf(row.x * per_nat);
       if (warp == 0 && lane < group) {
@@ -135,12 +134,13 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
     }
     cluster.sync();
     const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
-    if (owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned])) {
+    u32 least = s.least[max(owned, 0)], kept = s.mass[max(owned, 0)], refine = 0;  // as long as there is no cut
+    const bool looked_for = owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned]);
+    if (looked_for) {
       u32* const mine = sums + owned * kMassBins;
       const float z = s.z[owned], share = p * (1.f + 1.25f * inverse_power(one)) * z;  // above z no bin reaches it, and all is kept
       const Cut cut = find_cut<kMassBins / kWarp>(mine, pass ? to_log2 * (1.f / kMassSubBins) : to_log2, pass ? s.missing[owned] : share, one);
       float edge, mass;
-      u32 refine;
       if (pass == 0) {
         const float scale = exp2f(to_log2 * cut.bin);
         if (lane == 0) s.missing[owned] = __fdividef(share - cut.before, scale), s.unit[owned] = __fdividef(scale, z), s.share_before[owned] = __fdividef(cut.before, z);
@@ -149,26 +149,32 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
         refine = s.refine[owned];
         edge = refine - 1.f + (cut.bin + 1.f) / kMassSubBins, mass = fmaf(cut.mass, s.unit[owned], s.share_before[owned]);
       }
-      if (cut.bin >= 0) {
-        const u32 least = least_half(own_top, per_nat, width, edge);
-        __syncwarp();  // every lane has read s.refine
-        if (lane < cluster.size) {
-          AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);
-          AnyCluster::store(AnyCluster::address(s.mass + owned, lane), __float_as_uint(fminf(mass, 1.f)));
-          AnyCluster::store(AnyCluster::address(s.refine + owned, lane), refine);
-        }
-      }
-      __syncwarp();  // ... and its bins
+      if (cut.bin >= 0) least = least_half(own_top, per_nat, width, edge), kept = __float_as_uint(fminf(mass, 1.f));
+      else refine = 0;
+      __syncwarp();  // every lane has read s.refine, and its bins
 #pragma unroll 1
       for (int i = lane; i < kMassBins / 4; i += kWarp) reinterpret_cast<uint4*>(mine)[i] = uint4{0, 0, 0, 0};
     }
-    cluster.sync();
-    const u32 mine = lane < group ? s.refine[lane] : 0;
-    if (pass == 1 || !__any_sync(kFullMask, mine != 0)) return;
+    if (pass == 1) {
+      if (looked_for && lane < cluster.size) {
+        AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);
+        AnyCluster::store(AnyCluster::address(s.mass + owned, lane), kept);
+      }
+      cluster.sync();
+      return;
+    }
+    if (owned >= 0 && lane < cluster.size) {
+      cluster.send(s.least + owned, lane, least, &mail.cuts);
+      cluster.send(s.mass + owned, lane, kept, &mail.cuts);
+      cluster.send(s.refine + owned, lane, refine, &mail.cuts);
+    }
+    cluster.await(&mail.cuts);
+    const u32 coarse = lane < group ? s.refine[lane] : 0;
+    if (!__any_sync(kFullMask, coarse != 0)) return;
     if (!cluster.alone()) {  // alone, the owner has emptied them
 #pragma unroll 1
       for (int i = fresh_thread(); i < group * kMassBins / 4; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
-      __syncthreads();
+      cluster.sync();  // and the owners theirs
     }
     from += s.shift[g] - (s.refine[g] - 1.f), depth = s.refine[g] ? 1.f : 0.f;
   }
@@ -183,7 +189,7 @@ struct Chunks {
 // gets all of them. In order (`runs`) a thread has neighbours; else a warp has, which spares it conflicts of banks.
 template <int kThreads, int kMaxHeads, int kHeads>
 __device__ __forceinline__ int mark_kept(const AnyCluster& cluster, TopPScratch<kMaxHeads>& s, const half* logits, int pitch, int size, int group, unsigned char* keep,
-                                         int* scan, bool runs, Chunks& own, int& total) {
+                                         int* scan, bool runs, Chunks& own, int& total, Mail& mail) {
   const int chunks = size / 8, run = ceil_div(chunks, kThreads);
   own.stride = runs ? 1 : kWarp;
   own.first = runs ? static_cast<int>(threadIdx.x) * run : uniform_warp_id() * kWarp * run + lane_id();
@@ -210,7 +216,7 @@ __device__ __forceinline__ int mark_kept(const AnyCluster& cluster, TopPScratch<
   for (int g = 0; g < kHeads; ++g) {
     if (g >= group) break;
     const int sum = __reduce_add_sync(kFullMask, counts[g]);
-    if (lane_id() == 0 && sum) AnyCluster::add(AnyCluster::address(s.counts + g, 0), static_cast<u32>(sum));
+    if (lane_id() == 0) cluster.send_add(s.counts + g, 0, static_cast<u32>(sum), &mail.results);
   }
   return scan_block<kThreads>(kept_here, scan, total);
 }
