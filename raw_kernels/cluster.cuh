@@ -49,8 +49,8 @@ struct AnyCluster {
 
   __device__ AnyCluster() : size(1), rank(0) {
 #if __CUDA_ARCH__ >= 900
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));  // volatile: another one need not live in registers as long as the first
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
     shift = 31 - __clz(size);
   }
@@ -125,17 +125,24 @@ struct AnyCluster {
   // A barrier of the cluster that publishes what was stored is a MEMBAR.ALL.GPU for every warp, 0.3 to 0.4 us, and empties the L1. A block that knows how many bytes it is sent waits
   // for these instead, at a box of its own, a barrier in its shared memory. A block alone stores, and its box is __syncthreads.
 
-  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange.
-  __device__ static void open(u64* box, u32 bytes) {
+  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange: of so many bytes, or of what
+  // so many `announce`.
+  __device__ static void open(u64* box, u32 bytes, u32 senders = 0) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)), "r"(senders + 1) : "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(box)), "r"(bytes) : "memory");
+#endif
+  }
+  // By one thread: so many bytes are sent to `box` of block `at`, before or after this.
+  __device__ void announce(int at, u32 bytes, u64* box) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(address(box, at)), "r"(bytes) : "memory");
 #endif
   }
   // What was sent to `box` is there for the thread that comes back; nothing is said of what the threads of this block have done.
   __device__ void await(u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
+    if (!alone()) {
       asm volatile("{\n.reg .pred there;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 there, [%0], 0;\n@!there bra again;\n}" ::"r"(smem_address(box)) : "memory");
       return;
     }
@@ -145,7 +152,7 @@ struct AnyCluster {
   // Store x, or add it, where `local` lies in block `at`, whose `box` counts its bytes.
   __device__ void send(u32* local, int at, u32 x, u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
+    if (!alone()) {
       asm volatile(SEND ".b32 [%0], %1, [%2];" ::"r"(address(local, at)), "r"(x), "r"(address(box, at)) : "memory");
       return;
     }
@@ -154,7 +161,7 @@ struct AnyCluster {
   }
   __device__ void send(float2* local, int at, float2 x, u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
+    if (!alone()) {
       asm volatile(SEND ".v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address(local, at)), "f"(x.x), "f"(x.y), "r"(address(box, at)) : "memory");
       return;
     }
@@ -163,7 +170,7 @@ struct AnyCluster {
   }
   __device__ void send(uint4* local, int at, uint4 x, u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
+    if (!alone()) {
       asm volatile(SEND ".v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address(local, at)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(address(box, at)) : "memory");
       return;
     }
@@ -172,7 +179,7 @@ struct AnyCluster {
   }
   __device__ void send_add(u32* local, int at, u32 x, u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    if (size > 1) {
+    if (!alone()) {
       asm volatile("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.add.u32 [%0], %1, [%2];" ::"r"(address(local, at)), "r"(x), "r"(address(box, at))
                    : "memory");
       return;

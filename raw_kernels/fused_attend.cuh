@@ -81,14 +81,16 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
   attend_pruned<D, kWarps>(tail, group, o, top, sum);
   sum = warp_sum<4>(sum);
   __syncthreads();  // `o_out` may lie where `places` does
-  o_out += uniform_warp_id() * group * D;  // not asked for before the loop, which has no register to keep it in
+  // Not asked for before the loop, which has no register to keep it in.
+  const int late_lane = fresh_thread() % kWarp, row = late_lane / 4, column = late_lane % 4;
+  o_out += uniform_warp_id() * group * D;
 #pragma unroll
   for (int j = 0; j < kValuePieces; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int head = 2 * tig + c, channel = (gid + 8 * j) * 8 + 2 * i;
+        const int head = 2 * column + c, channel = (row + 8 * j) * 8 + 2 * i;
         if (head < group) *reinterpret_cast<float2*>(o_out + head * D + channel) = make_float2(o[4 * j + i][c], o[4 * j + i][c + 2]);
       }
 }

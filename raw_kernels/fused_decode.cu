@@ -34,6 +34,7 @@ struct Layout {
   int keep;           // who is kept (a byte for eight). Logits (half), rows of K and V (int) and the warps' O (float) lie where the scores were
   int bins;           // histograms; after them the mass that each page has lost (float)
   // Other blocks write to what follows; nobody may write elsewhere who does not know how far this block is.
+  int mail;           // where there are others
   int results;        // what they have attended to
   int parts;          // of all blocks: maxima and sums of the heads, twice, and how many tokens are kept
 };
@@ -99,7 +100,6 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   __shared__ TopPScratch<kMaxHeads> s_top_p;
   __shared__ __align__(16) float2 s_warps[kWarps][kMaxHeads];
   __shared__ float s_step[kMaxHeads], s_sum[kMaxHeads];
-  __shared__ Mail s_mail;
   const AnyCluster cluster;
   const int blocks = cluster.size, rank = cluster.rank, row = blockIdx.y, batch = row / p.kv_heads, kv_head = row - batch * p.kv_heads;
   const int lane = lane_id(), warp = uniform_warp_id();
@@ -115,13 +115,14 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   u32* const located = reinterpret_cast<u32*>(logical);  // of tokens
   u32* const bins = reinterpret_cast<u32*>(smem + p.at.bins);
   u32* const sums = blocks > 1 ? bins + p.group * kMassBins : bins;
+  Mail& mail = *reinterpret_cast<Mail*>(smem + p.at.mail);
   // [blocks][kMaxHeads], two of them, and [blocks].
   const auto parts = [&](int nth) { return reinterpret_cast<float2*>(smem + p.at.parts) + nth * blocks * kMaxHeads; };
   const auto totals = [&] { return reinterpret_cast<u32*>(parts(2)); };
   const int* const table = p.page_table + static_cast<long long>(batch) * p.max_pages;
 
 #pragma unroll 1
-  for (int i = fresh_thread(); i < (p.at.results - p.at.bins) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
+  for (int i = fresh_thread(); i < (p.at.mail - p.at.bins) / 16; i += kThreads) reinterpret_cast<uint4*>(bins)[i] = uint4{0, 0, 0, 0};
   if (const int i = fresh_thread(); i < kMaxHeads) s_top_p.counts[i] = s_top_p.tally[i] = 0;
   // ---- everything that can be asked for before anything is known ----
   const u16* const q = static_cast<const u16*>(p.q) + static_cast<long long>(first_head) * D;
@@ -163,13 +164,14 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const int tiles = ceil_div(real, kTile);
   const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
   if (!cluster.alone() && warp == kWarps - 1) {  // a lane a box, in the order of Mail
-    const int team = kWarps / p.group, sent[] = {blocks * kMaxHeads * 8, (tiles - cluster.share(tiles)) * kTile * 4 + blocks * 16, blocks * p.group * 8, p.group * 12,
+    const int team = kWarps / p.group, sent[] = {blocks * kMaxHeads * 8, (tiles - cluster.share(tiles)) * kTile * 4 + blocks * 16, blocks * p.group * 8, 0, 0, p.group * 12,
                                                  cluster.share(p.group) * team * blocks * 4, blocks * p.group * 8,
                                                  blocks * (p.group * (D / 4 >> cluster.shift) * 16 + p.group * 8 + (rank == 0 ? 4 + kWarps * p.group * 4 : 0))};
     u32 bytes = 0;
 #pragma unroll
     for (int i = 0; i < kMails; ++i) bytes = lane == i ? sent[i] : bytes;
-    if (lane < kMails) AnyCluster::open(reinterpret_cast<u64*>(&s_mail) + lane, bytes);
+    u64* const box = reinterpret_cast<u64*>(&mail) + lane;
+    if (lane < kMails) AnyCluster::open(box, bytes, box == &mail.bins || box == &mail.finer ? blocks * cluster.share(p.group) * (kMassBins / 4 / kWarp) : 0);
   }
   if (threadIdx.x == 0) s_select.wanted = Vectors == 0 && counts != nullptr ? budget : min(real, budget);
   if (Vectors && budget < real) {
@@ -222,13 +224,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
         cluster.wait();
 #pragma unroll 1
         for (int r = uniform_warp_id(); r < blocks; r += kWarps) {
-          if (lane < kMaxHeads) cluster.send(parts(0) + rank * kMaxHeads + lane, r, all, &s_mail.scores);
+          if (lane < kMaxHeads) cluster.send(parts(0) + rank * kMaxHeads + lane, r, all, &mail.scores);
         }
         __syncthreads();  // everybody has read s_warps
-        cluster.await(&s_mail.scores);
+        cluster.await(&mail.scores);
         all = join_parts<kMaxHeads>(parts(0), blocks);
       }
-      share_keys<kThreads, 4 * Tiles>(cluster, s_select, reinterpret_cast<uint4*>(s_warps), scores, p.page_share, count, real, p.group, all, p.reduce, keys, s_mail);
+      share_keys<kThreads, 4 * Tiles>(cluster, s_select, reinterpret_cast<uint4*>(s_warps), scores, p.page_share, count, real, p.group, all, p.reduce, keys, mail);
       entries = best_pages<kThreads>(cluster, s_select, keys, real, runs, reinterpret_cast<int*>(bins), blocks > 1 ? nullptr : numbers, table, logical, physical, taken);
     }
   }
@@ -279,11 +281,12 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   }
   __syncthreads();
   // Made anew: attention has no register to keep it in.
-  const auto head_again = [&] {
+  const auto row_again = [] {
     u32 y;
     asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(y));
-    return static_cast<int>(y) * p.group;
+    return static_cast<int>(y);
   };
+  const auto head_again = [&] { return row_again() * p.group; };
   // The codes of the query are of no more use: attention finds the query itself there, which is under way meanwhile.
   u16* const plain_query = reinterpret_cast<u16*>(s_query);
 #pragma unroll 1
@@ -293,13 +296,13 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   cp_async_commit();
 
   // ---- top-p ----
-  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums, s_mail);
+  find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums, mail);
   if (p.min_tokens > 1 || p.max_tokens < taken << entry_shift) {
-    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1), s_mail);
+    bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1), mail);
   }
   Chunks own;
   int kept_here;
-  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_select.scan, runs, own, kept_here, s_mail);
+  int at = mark_kept<kThreads, kMaxHeads, 4 * Tiles>(cluster, s_top_p, logits, pitch, size, p.group, keep, s_select.scan, runs, own, kept_here, mail);
 
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
@@ -343,18 +346,18 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       places[at++] = place + candidate;
     } while (mine);
   }
-  const auto report = [&] {  // by block 0, once it has everybody's counts
-    if (rank != 0) return;
+  const auto report = [&](const AnyCluster& mates) {  // by block 0, once it has everybody's counts
+    if (mates.rank != 0) return;
     if (const int i = fresh_thread(); i < p.group) {
       p.per_query_head[head_again() + i] = s_top_p.counts[i], p.mass[head_again() + i] = __uint_as_float(s_top_p.mass[i]);
     }
     if (uniform_warp_id() == 0) {
-      const int total = __reduce_add_sync(kFullMask, lane < blocks ? totals()[lane] : 0);
-      if (lane == 0) p.kept_lengths[row] = total;
+      const int nth = lane_id(), total = __reduce_add_sync(kFullMask, nth < mates.size ? totals()[nth] : 0);
+      if (nth == 0) p.kept_lengths[row_again()] = total;
     }
   };
   // ---- attention over this block's tokens ----
-  if (threadIdx.x == 0) cluster.send(totals() + rank, 0, static_cast<u32>(kept_here), &s_mail.results);
+  if (threadIdx.x == 0) cluster.send(totals() + rank, 0, static_cast<u32>(kept_here), &mail.results);
   cp_async_wait<0>();
   __syncthreads();
   float top, sum;
@@ -370,7 +373,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   __syncthreads();
 
   // ---- the warps' results, then the blocks': float4 number e of the group's is finished by its owner ----
-  const int all = p.group * (D / 4), each = all >> cluster.shift;  // D / 4 is at least the size of the cluster
+  const AnyCluster mates;  // made anew, too
+  const int all = p.group * (D / 4), each = all >> mates.shift;  // D / 4 is at least the size of the cluster
   float4* const received = reinterpret_cast<float4*>(smem + p.at.results);  // [blocks][each]
   const auto finish = [&](int e, float4 x, float2 joint) {
     const int head = head_again() + e / (D / 4), d = e % (D / 4) * 4;
@@ -393,24 +397,24 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
       const float4 y = *reinterpret_cast<const float4*>(outputs + w * p.group * D + e * 4);
       joint.y += factor * state[w].y, x.x += factor * y.x, x.y += factor * y.y, x.z += factor * y.z, x.w += factor * y.w;
     }
-    if (cluster.alone()) {
+    if (mates.alone()) {
       finish(e, x, joint);
     } else {
-      const int to = cluster.owner(e);
-      cluster.send(reinterpret_cast<uint4*>(received + rank * each + cluster.place(e)), to, uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)}, &s_mail.results);
-      if (e % (D / 4) < blocks) cluster.send(parts(0) + rank * kMaxHeads + head, to, joint, &s_mail.results);
+      const int to = mates.owner(e);
+      mates.send(reinterpret_cast<uint4*>(received + mates.rank * each + mates.place(e)), to, uint4{__float_as_uint(x.x), __float_as_uint(x.y), __float_as_uint(x.z), __float_as_uint(x.w)}, &mail.results);
+      if (e % (D / 4) < mates.size) mates.send(parts(0) + mates.rank * kMaxHeads + head, to, joint, &mail.results);
     }
   }
-  cluster.await(&s_mail.results);
-  report();
-  if (cluster.alone()) return;
+  mates.await(&mail.results);
+  report(mates);
+  if (mates.alone()) return;
   // A half warp joins one float4, a lane a block.
 #pragma unroll 1
   for (int pair = uniform_warp_id() * 2; pair < each; pair += kWarps * 2) {
-    const int r = lane % kMaxCluster, i = pair + lane / kMaxCluster, e = cluster.nth(min(i, each - 1));
+    const int own_lane = fresh_thread() % kWarp, r = own_lane % kMaxCluster, i = pair + own_lane / kMaxCluster, e = mates.nth(min(i, each - 1));
     float2 joint = make_float2(-inf(), 0.f);
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (r < blocks) joint = parts(0)[r * kMaxHeads + e / (D / 4)], x = received[r * each + cluster.place(e)];
+    if (r < mates.size) joint = parts(0)[r * kMaxHeads + e / (D / 4)], x = received[r * each + mates.place(e)];
     const float best = warp_max<kMaxCluster>(joint.x), factor = fast_exp2(joint.x - finite_max(best));
     x.x = warp_sum<kMaxCluster>(x.x * factor), x.y = warp_sum<kMaxCluster>(x.y * factor);
     x.z = warp_sum<kMaxCluster>(x.z * factor), x.w = warp_sum<kMaxCluster>(x.w * factor);

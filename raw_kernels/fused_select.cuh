@@ -15,6 +15,8 @@ struct Mail {
   u64 scores;   // maxima and sums of the pages' scores
   u64 keys;     // keys of pages, and their ranges
   u64 logits;   // maxima and sums of the logits
+  u64 bins;     // histograms of the heads that this block owns
+  u64 finer;    // those of the bins that hold their cuts
   u64 cuts;     // what is kept of each head
   u64 tally;    // how many tokens p keeps
   u64 mass;     // to block 0: the mass that a head keeps whose cut has moved
@@ -92,7 +94,7 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
   int there = 0;
   const int padded = ceil_div(count, kTile) * kTile;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < padded; i += kThreads) {
+  for (int i = fresh_thread(); i < padded; i += kThreads) {
     float largest = -inf(), total = 0.f;
     bool nan = false;
     if (reduce == 0) {

@@ -120,19 +120,23 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
 
     // ---- everybody's bins to the owners ----
     if (!cluster.alone()) {
+      u64* const box = pass ? &mail.finer : &mail.bins;
 #pragma unroll 1
-      for (int i = fresh_thread() * 4; i < group * kMassBins; i += kThreads * 4) {
+      for (int i = fresh_thread() * 4; i < group * kMassBins; i += kThreads * 4) {  // a warp has one head
         const uint4 four = *reinterpret_cast<const uint4*>(bins + i);
-        if ((four.x | four.y | four.z | four.w) == 0) continue;
-        const int head = i / kMassBins, bin = i % kMassBins + (pass ? 0 : s.shift[head]);
-        const u32 weights[4] = {four.x, four.y, four.z, four.w}, there = AnyCluster::address(sums + head * kMassBins + bin, cluster.owner(head));
+        const int head = i / kMassBins, bin = i % kMassBins + (pass ? 0 : s.shift[head]), to = cluster.owner(head);
+        const u32 weights[4] = {four.x, four.y, four.z, four.w};
+        u32 sent = 0;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (weights[j] && bin + j < kMassBins) AnyCluster::add(there + 4 * j, weights[j]);
+          if (weights[j] == 0 || bin + j >= kMassBins) continue;
+          cluster.send_add(sums + head * kMassBins + bin + j, to, weights[j], box), sent += 4;
         }
+        sent = __reduce_add_sync(kFullMask, sent);
+        if (lane == 0) cluster.announce(to, sent, box);
       }
+      if (owned >= 0) cluster.await(box);
     }
-    cluster.sync();
     const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
     u32 least = s.least[max(owned, 0)], kept = s.mass[max(owned, 0)], refine = 0;  // as long as there is no cut
     const bool looked_for = owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned]);

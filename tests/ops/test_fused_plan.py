@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.nvrtc import NVRTC
 from twilight.compiling import compile_source
 from twilight.ops.fused_plan import _SMEM_OF_TWO, Layout, Shape, cut_row, late_rows, lay_out, static_bytes
+from twilight.resources import folder
 
 H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "most_blocks": 16}
 
@@ -75,6 +78,9 @@ def test_no_two_blocks_leave_nothing_to_l1():
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("vectors", [0, 1, 2])
 def test_regions_of_shared_memory_hold_what_lies_there(vectors, tail, cluster):
+    mail = (folder("raw_kernels") / "fused_select.cuh").read_text().split("struct Mail {")[1].split("};")[0]
+    boxes = len(re.findall(r"^  u64 \w+;", mail, re.M))
+    assert boxes > 1
     for group in range(1, 9):
         for dim, warps, entries, pages in ((64, 16, 1, 16), (128, 8, 37, 2048), (256, 8, 512, 48)):
             shape = Shape(1, pages, entries, group, dim, vectors, 16, tail)
@@ -88,7 +94,8 @@ def test_regions_of_shared_memory_hold_what_lies_there(vectors, tail, cluster):
             assert at.list >= max(2 * group * tokens, 4 * tokens, 4 * warps * group * dim)
             assert at.keep >= at.list + 8 * entries and at.bins >= at.keep + tokens // 8
             histograms = max(2048, 512 * group * (2 if cluster > 1 else 1), group * entries if tail else 0)
-            assert at.results >= at.bins + 4 * histograms
+            assert at.mail >= at.bins + 4 * histograms
+            assert at.results >= at.mail + (8 * boxes if cluster > 1 else 0)
             assert at.parts >= at.results + (4 * group * dim if cluster > 1 else 0)  # a piece of each block's output
             assert size >= at.parts + 2 * 8 * heads * cluster + 4 * cluster
             names = [name for name, _ in Layout._fields_ if vectors or name not in ("numbers", "keys")]

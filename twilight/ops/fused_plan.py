@@ -17,7 +17,9 @@ TILE = 16
 class Layout(ctypes.Structure):
     """Mirrors the struct of raw_kernels/fused_decode.cu."""
 
-    _fields_ = [(name, ctypes.c_int) for name in ("numbers", "keys", "list", "keep", "bins", "results", "parts")]
+    _fields_ = [
+        (name, ctypes.c_int) for name in ("numbers", "keys", "list", "keep", "bins", "mail", "results", "parts")
+    ]
 
 
 class Shape(NamedTuple):
@@ -150,6 +152,10 @@ _SHORT_OF_L1 = 1.7
 """How much longer streams take where blocks leave L1 less: 313 instead of 265 us at b=8, 128k with Double Sparsity."""
 
 
+_MAIL = 80
+"""Bytes of the struct of raw_kernels/fused_select.cuh, to a multiple of 16."""
+
+
 def static_bytes(group: int, dim: int) -> int:
     """Return what a block takes besides, at most: the queries, 3 KB of scratch, and what the GPU keeps for itself."""
     return 4096 + 24 * (1 if group <= 4 else 2) * dim
@@ -166,9 +172,10 @@ def lay_out(shape: Shape, pages: int, entries: int, cluster: int, warps: int) ->
         first = max(first, keys + 4 * pages * cluster)
     keep = first + -(-(4 * tokens if shape.listed else 8 * entries) // 16) * 16
     bins = keep + -(-tokens // 128) * 16
-    results = bins + max(
+    mail = bins + max(
         8192, 2048 * group * (2 if cluster > 1 else 1), -(-group * entries // 4) * 16 if shape.tail else 0
     )
+    results = mail + (_MAIL if cluster > 1 else 0)
     parts = results + (4 * group * dim if cluster > 1 else 0)
     size = parts + 16 * cluster * (4 if group <= 4 else 8) + -(-cluster // 4) * 16
-    return Layout(numbers, keys, first, keep, bins, results, parts), size
+    return Layout(numbers, keys, first, keep, bins, mail, results, parts), size
