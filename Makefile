@@ -6,12 +6,15 @@ STAMP := .venv/.installed
 # Releases of transformers, beside the one in constraints.txt, that `make compat` runs the integration's tests on.
 COMPAT ?= 4.57.6
 COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
+# The extra that brings CuPy and NVRTC, with which kernels are compiled without a GPU. macOS has neither.
+CUDA ?= $(if $(filter Darwin,$(shell uname)),,cuda13)
+
+# Releases of NVRTC, beside the one in constraints.txt, with which `make compat` compiles some of every kernel: the oldest.
+COMPAT_NVRTC ?= $(if $(CUDA),12.4.127)
 
 # Tests at a time, one for each core but 8 at most, which share a GPU; 0 runs them in one process.
 JOBS ?= auto
 
-# The extra that brings CuPy and NVRTC, with which kernels are compiled without a GPU. macOS has neither.
-CUDA ?= $(if $(filter Darwin,$(shell uname)),,cuda13)
 comma := ,
 
 .DEFAULT_GOAL := help
@@ -44,13 +47,16 @@ types: $(STAMP)  ## mypy
 pytest: $(STAMP)  ## the tests, JOBS at a time
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-compat: $(COMPAT:%=compat-%)  ## the integration's tests on the releases in COMPAT='4.57.6 5.16.1'
+compat: $(COMPAT:%=compat-%) $(COMPAT_NVRTC:%=compat-nvrtc-%)  ## the integration's tests on the releases in COMPAT='4.57.6 5.16.1', kernels with older compilers
 
 compat-%: .compat/%/.installed
 	.compat/$*/bin/python -m pytest --quiet $(COMPAT_TESTS)
 
-# Kept: make would remove it as an intermediate file.
-.PRECIOUS: .compat/%/.installed
+compat-nvrtc-%: .compat/nvrtc-%/.installed
+	.compat/nvrtc-$*/bin/python tests/compat/nvrtc.py sm_80 sm_90
+
+# Kept: make would remove them as intermediate files.
+.PRECIOUS: .compat/%/.installed .compat/nvrtc-%/.installed
 
 # A venv that sees .venv behind its own packages: pip then adds transformers and what that release wants in other
 # versions, and leaves torch where it is. addsitedir, unlike a plain path, also follows the editable install.
@@ -60,6 +66,14 @@ compat-%: .compat/%/.installed
 	site=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$site')" > $$(.compat/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth
 	$(BIN)/python -m pip --python .compat/$*/bin/python install --quiet --disable-pip-version-check 'transformers==$*'
+	@touch $@
+
+# A venv of its own: packages of two CUDA releases do not share one.
+.compat/nvrtc-%/.installed: $(STAMP)
+	rm -rf .compat/nvrtc-$*
+	$(PYTHON) -m venv .compat/nvrtc-$*
+	.compat/nvrtc-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e . cupy-cuda12x 'nvidia-cuda-nvrtc-cu12==$*' 'nvidia-cuda-runtime-cu12==$*'
 	@touch $@
 
 compile: $(STAMP)  ## compile every CUDA kernel, which needs no GPU; what has not changed is not compiled twice

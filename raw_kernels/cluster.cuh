@@ -125,18 +125,17 @@ struct AnyCluster {
   // A barrier of the cluster that publishes what was stored is a MEMBAR.ALL.GPU for every warp, 0.3 to 0.4 us, and empties the L1. A block that knows how many bytes it is sent waits
   // for these instead, at a box of its own, a barrier in its shared memory. A block alone stores, and its box is __syncthreads.
 
-  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange: of so many bytes, or of what
-  // so many `announce`.
-  __device__ static void open(u64* box, u32 bytes, u32 senders = 0) {
+  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange of so many bytes.
+  __device__ static void open(u64* box, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)), "r"(senders + 1) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)) : "memory");
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(box)), "r"(bytes) : "memory");
 #endif
   }
-  // By one thread: so many bytes are sent to `box` of block `at`, before or after this.
-  __device__ void announce(int at, u32 bytes, u64* box) const {
+  // By one thread: so many bytes that `box` of block `at` waits for are not sent. (To say how many will be takes PTX 8.6, CUDA 12.8.)
+  __device__ void spare(int at, u32 bytes, u64* box) const {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.relaxed.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(address(box, at)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%0], %1;" ::"r"(address(box, at)), "r"(bytes) : "memory");
 #endif
   }
   // What was sent to `box` is there for the thread that comes back; nothing is said of what the threads of this block have done.

@@ -1,7 +1,7 @@
 // One decode step of one layer in one launch: the new token, pages by their 8-bit vectors, top-k, logits from the 4-bit keys, top-p, and attention.
 //
 // A cluster of blocks works on one (sequence, kv head), a row: 1 block where there are rows enough to fill the GPU, up to 16 where there are 8 rows. Everything between the stages
-// stays in shared memory; the blocks of a row exchange keys, histograms and lists through it and meet at barriers. Against a launch a stage this saves the scores' and
+// stays in shared memory; the blocks of a row send each other keys, histograms and results, and each waits for what it is sent. Against a launch a stage this saves the scores' and
 // logits' way to memory and back, 8 bytes a candidate and query head, and five launches, each of which waits for its slowest block and
 // begins with loads that nothing hides: 35 of the 48 us that a step took at b=1, N=32k.
 //
@@ -12,7 +12,7 @@
 //     prune    histograms of mass, cut by one block a head; of counts, with bounds -> the union's tokens of each block, and what each page lost
 //     attend   each block over its own, pages' means with what they lost, merged   -> out, lse
 //
-// At b=1 everything but the streams is latency: five barriers of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
+// At b=1 everything but the streams is latency: six exchanges of the cluster, no loop that a warp could share with others, and nothing computed twice in a row. Dealing in
 // turn, page by page, is what balances the blocks without another exchange: neighbours are heavy together.
 // Where the list itself is asked for, pages are handed out in runs instead, so that it comes out in order.
 // A list of tokens that somebody else has chosen is dealt out in tiles of 16, as pages are, and all after `select` is the same; 4 bytes of shared memory a token say where it lies.
@@ -164,14 +164,20 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   const int tiles = ceil_div(real, kTile);
   const bool runs = p.kept != nullptr, last_here = cluster.owner(tiles - 1) == rank;
   if (!cluster.alone() && warp == kWarps - 1) {  // a lane a box, in the order of Mail
-    const int team = kWarps / p.group, sent[] = {blocks * kMaxHeads * 8, (tiles - cluster.share(tiles)) * kTile * 4 + blocks * 16, blocks * p.group * 8, 0, 0, p.group * 12,
-                                                 cluster.share(p.group) * team * blocks * 4, blocks * p.group * 8,
-                                                 blocks * (p.group * (D / 4 >> cluster.shift) * 16 + p.group * 8 + (rank == 0 ? 4 + kWarps * p.group * 4 : 0))};
+    const int owned = cluster.share(p.group), team = kWarps / p.group, histograms = blocks * owned * kMassBins * 4;
+    const int sent[] = {blocks * kMaxHeads * 8,                                                          // scores
+                        Vectors ? (tiles - cluster.share(tiles)) * kTile * 4 + blocks * 16 : 0,          // keys
+                        blocks * p.group * 8,                                                            // logits
+                        histograms, histograms,                                                          // bins, finer
+                        p.group * 12,                                                                    // cuts
+                        owned * team * blocks * 4,                                                       // tally
+                        blocks * p.group * 8,                                                            // mass
+                        blocks * p.group * ((D / 4 >> cluster.shift) * 16 + 8 + (rank == 0 ? kWarps * 4 : 0)) + (rank == 0 ? blocks * 4 : 0)};  // results
     u32 bytes = 0;
 #pragma unroll
     for (int i = 0; i < kMails; ++i) bytes = lane == i ? sent[i] : bytes;
     u64* const box = reinterpret_cast<u64*>(&mail) + lane;
-    if (lane < kMails) AnyCluster::open(box, bytes, box == &mail.bins || box == &mail.finer ? blocks * cluster.share(p.group) * (kMassBins / 4 / kWarp) : 0);
+    if (lane < kMails) AnyCluster::open(box, bytes);
   }
   if (threadIdx.x == 0) s_select.wanted = Vectors == 0 && counts != nullptr ? budget : min(real, budget);
   if (Vectors && budget < real) {

@@ -2,7 +2,7 @@
 //
 // Maximum and Z of every head come from the pass that made the logits. Every block makes a histogram of its slice, below its own maximum: bins lie on one grid and weigh
 // relative to their own edges, so those of another block fit after a shift. Block g % size owns head g, gets everybody's bins by atomic adds of integers (whose order
-// does not matter), finds the cut and tells it to all: two barriers, four where a bin is cut finer.
+// does not matter), finds the cut and tells it to all; once more where a bin is cut finer.
 #pragma once
 
 #include "fused_select.cuh"
@@ -126,14 +126,14 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
         const uint4 four = *reinterpret_cast<const uint4*>(bins + i);
         const int head = i / kMassBins, bin = i % kMassBins + (pass ? 0 : s.shift[head]), to = cluster.owner(head);
         const u32 weights[4] = {four.x, four.y, four.z, four.w};
-        u32 sent = 0;
+        u32 spared = 0;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (weights[j] == 0 || bin + j >= kMassBins) continue;
-          cluster.send_add(sums + head * kMassBins + bin + j, to, weights[j], box), sent += 4;
+          if (weights[j] && bin + j < kMassBins) cluster.send_add(sums + head * kMassBins + bin + j, to, weights[j], box);
+          else spared += 4;
         }
-        sent = __reduce_add_sync(kFullMask, sent);
-        if (lane == 0) cluster.announce(to, sent, box);
+        spared = __reduce_add_sync(kFullMask, spared);
+        if (lane == 0) cluster.spare(to, spared, box);
       }
       if (owned >= 0) cluster.await(box);
     }

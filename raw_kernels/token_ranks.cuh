@@ -13,12 +13,9 @@
 // Integer atomics only, and every block comes to the same result: the order of none of them matters.
 #pragma once
 
-#include "cluster.cuh"
-#include "radix.cuh"
 #include "threshold.cuh"
+#include "token_team.cuh"
 
-constexpr int kMaxGroup = 16;
-constexpr int kCoarse = 64, kFine = kRadixBins / kCoarse;
 constexpr u32 kTiny = 0x02000000u;  // 2^-123, the least sum that is ranked as it is
 constexpr int kLinearShift = 19;    // from there to 2^5 in 2048 bins of 1/16 of a power of two; there are sums up to 16, and above where a log-sum-exp is of other roundings
 constexpr int kOrderedShift = 32 - kRadixBits;
@@ -30,68 +27,6 @@ struct Keys8 {
   __device__ __forceinline__ u32 operator[](int i) const {
     const uint4& v = i < 4 ? a : b;
     return i % 4 == 0 ? v.x : i % 4 == 1 ? v.y : i % 4 == 2 ? v.z : v.w;
-  }
-};
-
-// What a block lets the others of its team see.
-struct Exchange {
-  int histogram[2][kRadixBins];
-  int coarse[2][kCoarse];
-  float head_max[kMaxGroup], head_sum[kMaxGroup];
-  int there[2];      // entries to rank: by sums, and by logarithms
-  int above, same;   // entries above the threshold, and equal to it
-};
-
-// The blocks of a row. kGlobal: without clusters; what is shared is copied out to global memory.
-template <bool kGlobal>
-struct Team : AnyCluster {
-  static constexpr bool kApart = false;
-  template <typename T>
-  __device__ void publish(const T*, int) const {}
-  template <typename T>
-  __device__ T read(const T* local, int at) const {
-    return alone() ? *local : AnyCluster::read(local, at);
-  }
-  __device__ void leave() const { sync(); }  // a block that leaves takes its shared memory along
-};
-template <>
-struct Team<true> {
-  static constexpr bool kApart = true;
-  int size, rank;
-  Exchange *shared, *all;
-  u32* counters;  // arrived, generation, left
-
-  // `exchange` [rows, size], `counters` [rows, 3] at zero.
-  __device__ Team(Exchange* shared, void* exchange, u32* counters, int row)
-      : size(gridDim.x), rank(blockIdx.x), shared(shared), all(static_cast<Exchange*>(exchange) + static_cast<size_t>(row) * gridDim.x), counters(counters + 3 * row) {}
-  // The 32-bit words of `local`, after a barrier of the block. Visible to the team after the next `sync`.
-  template <typename T>
-  __device__ void publish(const T* local, int words) const {
-    const int first = reinterpret_cast<const int*>(local) - reinterpret_cast<const int*>(shared);
-    for (int i = threadIdx.x; i < words; i += blockDim.x) reinterpret_cast<int*>(all + rank)[first + i] = reinterpret_cast<const int*>(local)[i];
-  }
-  template <typename T>
-  __device__ T read(const T* local, int at) const {
-    const int first = reinterpret_cast<const int*>(local) - reinterpret_cast<const int*>(shared);
-    const u32 word = load_l2(reinterpret_cast<const u32*>(all + at) + first);
-    return *reinterpret_cast<const T*>(&word);
-  }
-  __device__ void sync() const {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const u32 before = load_l2(counters + 1);
-      __threadfence();
-      if (atomicInc(counters, size - 1) == size - 1) {
-        atomicAdd(counters + 1, 1u);
-      } else {
-        while (load_l2(counters + 1) == before) {}
-      }
-      __threadfence();
-    }
-    __syncthreads();
-  }
-  __device__ void leave() const {  // the last one puts the generation back to zero; nobody waits for it any more
-    if (threadIdx.x == 0 && atomicInc(counters + 2, size - 1) == size - 1) counters[1] = 0;
   }
 };
 

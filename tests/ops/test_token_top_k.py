@@ -50,7 +50,7 @@ def test_where_clusters_are_of_8_at_most_none_is_larger(rows: int) -> None:
 
 
 def test_blocks_without_clusters_have_room_for_what_they_exchange() -> None:
-    source = (resources.folder("raw_kernels") / "token_ranks.cuh").read_text()
+    source = (resources.folder("raw_kernels") / "token_team.cuh").read_text()
     sizes = {"kRadixBins": 2048, "kCoarse": 64, "kMaxGroup": 16, "2": 2}
     body = re.search(r"^struct Exchange {\n(.*?)^};", source, re.M | re.S)
     assert body and all(
