@@ -1,4 +1,4 @@
-"""``make compat``: the first and the last instantiation of every kernel file, with the oldest compiler that is supported.
+"""``make compat``: the first and the last instantiation of every kernel file, with the oldest supported compiler.
 
     python tests/compat/nvrtc.py sm_80 sm_90
 
