@@ -6,6 +6,7 @@ STAMP := .venv/.installed
 # Releases of transformers, beside the one in constraints.txt, that `make compat` runs the integration's tests on.
 COMPAT ?= 4.57.6
 COMPAT_TESTS := $(wildcard tests/integrations/test_transformers*.py)
+
 # The extra that brings CuPy and NVRTC, with which kernels are compiled without a GPU. macOS has neither.
 CUDA ?= $(if $(filter Darwin,$(shell uname)),,cuda13)
 
@@ -31,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,eval,sweep,report,dev$(CUDA:%=$(comma)%)]'
 	@touch $@
 
-test: lint types $(CUDA:%=compile) pytest compat  ## lint, types, kernels, tests, and the integration's tests on older transformers
+test: lint types $(CUDA:%=compile) pytest compat  ## lint, types, kernels, tests, and what `compat` does
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -47,7 +48,7 @@ types: $(STAMP)  ## mypy
 pytest: $(STAMP)  ## the tests, JOBS at a time
 	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal
 
-compat: $(COMPAT:%=compat-%) $(COMPAT_NVRTC:%=compat-nvrtc-%)  ## the integration's tests on the releases in COMPAT='4.57.6 5.16.1', kernels with older compilers
+compat: $(COMPAT:%=compat-%) $(COMPAT_NVRTC:%=compat-nvrtc-%)  ## the integration's tests on the releases of transformers in COMPAT, some of every kernel with those of NVRTC in COMPAT_NVRTC
 
 compat-%: .compat/%/.installed
 	.compat/$*/bin/python -m pytest --quiet $(COMPAT_TESTS)

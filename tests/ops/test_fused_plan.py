@@ -63,6 +63,12 @@ def test_every_cut_holds_the_row_and_fits(vectors, dim, group, page, gpu, tail):
             assert plan.smem >= of_heads + 8 * plan.entries + tokens // 8
 
 
+def test_the_layout_is_the_kernels_field_by_field():
+    # All are ints: the check of sizes that a launch makes does not see two that have changed places.
+    source = (folder("raw_kernels") / "fused_decode.cu").read_text().split("struct Layout {")[1].split("};")[0]
+    assert re.findall(r"^  int (\w+);", source, re.M) == [name for name, _ in Layout._fields_]
+
+
 def test_what_fits_no_cluster_is_for_the_stages():
     assert cut_row(Shape(8, 65536, 65536, 8, 128, 2, 16, False), **H200) is None
 
