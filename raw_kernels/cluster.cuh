@@ -125,11 +125,13 @@ struct AnyCluster {
   // A barrier of the cluster that publishes what was stored is a MEMBAR.ALL.GPU for every warp, 0.3 to 0.4 us, and empties the L1. A block that knows how many bytes it is sent waits
   // for these instead, at a box of its own, a barrier in its shared memory. A block alone stores, and its box is __syncthreads.
 
-  // By one thread, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A box is good for one exchange of so many bytes.
-  __device__ static void open(u64* box, u32 bytes) {
+  // By a warp, before the block first arrives at a barrier of the cluster; nothing may be sent before everybody has. A lane that opens has a box of its own, good for one exchange of
+  // so many bytes.
+  __device__ static void open(bool opens, u64* box, u32 bytes) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)) : "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(box)), "r"(bytes) : "memory");
+    if (opens) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(smem_address(box)) : "memory");
+    __syncwarp();  // each lane goes on with its own box; racecheck takes that for a race without
+    if (opens) asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(box)), "r"(bytes) : "memory");
 #endif
   }
   // By one thread: so many bytes that `box` of block `at` waits for are not sent. (To say how many will be takes PTX 8.6, CUDA 12.8.)

@@ -86,6 +86,10 @@ __device__ __forceinline__ u32 pack2<bf16>(float lo, float hi) {
   return *reinterpret_cast<u32*>(&h);
 }
 
+// Of the type that `bf` says.
+__device__ __forceinline__ float2 unpack2(bool bf, u32 w) { return bf ? unpack2<bf16>(w) : unpack2<half>(w); }
+__device__ __forceinline__ u32 pack2(bool bf, float lo, float hi) { return bf ? pack2<bf16>(lo, hi) : pack2<half>(lo, hi); }
+
 // fp16 that never becomes infinite by rounding; -inf, +inf and NaN stay what they are.
 __device__ __forceinline__ half to_half_clamped(float x) {
   const float c = fminf(fmaxf(x, -65504.f), 65504.f);

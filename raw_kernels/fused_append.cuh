@@ -14,15 +14,6 @@ struct NewTokens {
   long long v_strides[2];
 };
 
-template <typename T>
-struct PairOf;
-template <>
-struct PairOf<half> { using type = half2; };
-template <>
-struct PairOf<bf16> { using type = __nv_bfloat162; };
-template <typename T>
-using Pair = typename PairOf<T>::type;
-
 // A lane's piece of a row, which lies in `kWords` words.
 template <int kWords>
 struct Piece {
@@ -46,54 +37,84 @@ struct Piece {
   }
 };
 
-// As many bytes as a lane has channels, from codes in as many words.
-template <int kEach>
-__device__ __forceinline__ void store_bytes(u8* p, const u32 (&code)[kEach]) {
-  u32 w[ceil_div(kEach, 4)] = {};
+// f of each of x, one after another by the same code: what one warp does once costs less to do than to fetch.
+template <int kEach, typename F>
+__device__ __forceinline__ void in_turn(float (&x)[kEach], F f) {
+#pragma unroll 1
+  for (int c = 0; c < kEach; ++c) {
+    const float y = f(x[0]);
 #pragma unroll
-  for (int c = 0; c < kEach; ++c) w[c / 4] |= code[c] << (8 * (c % 4));
-  if constexpr (kEach == 2) *reinterpret_cast<u16*>(p) = static_cast<u16>(w[0]);
-  if constexpr (kEach == 4) *reinterpret_cast<u32*>(p) = w[0];
-  if constexpr (kEach == 8) *reinterpret_cast<uint2*>(p) = make_uint2(w[0], w[1]);
+    for (int i = 0; i + 1 < kEach; ++i) x[i] = x[i + 1];
+    x[kEach - 1] = y;
+  }
 }
 
-// Maxima and minima of this lane's channels over a page's first `slot` rows and `fresh`. A NaN stays.
-template <typename T, int D, int kWords>
-__device__ __forceinline__ void page_range(const u16* page, const Piece<kWords>& fresh, int slot, float (&high)[2 * kWords], float (&low)[2 * kWords]) {
-  constexpr int kAhead = D == 256 ? 8 : 16;
-  Pair<T> most[kWords], least[kWords];
+// A byte for each of x, by `code`.
+template <int kEach, typename F>
+__device__ __forceinline__ Piece<ceil_div(kEach, 4)> codes_of(const float (&x)[kEach], F code) {
+  Piece<ceil_div(kEach, 4)> bytes{};
+  float rest[kEach];
 #pragma unroll
-  for (int j = 0; j < kWords; ++j) most[j] = least[j] = *reinterpret_cast<const Pair<T>*>(&fresh.w[j]);
+  for (int c = 0; c < kEach; ++c) rest[c] = x[c];
+  in_turn(rest, [&](float next) {
+    const u32 byte = code(next);
+    if constexpr (kEach == 8) bytes.w[0] = __funnelshift_r(bytes.w[0], bytes.w[1], 8);
+    u32& last = bytes.w[kEach / 8];
+    last = last >> 8 | byte << (kEach == 2 ? 8 : 24);
+    return next;
+  });
+  return bytes;
+}
+// `p` is where this lane's bytes begin.
+template <int kEach>
+__device__ __forceinline__ void store_codes(u8* p, const Piece<ceil_div(kEach, 4)>& bytes) {
+  if constexpr (kEach == 2) *reinterpret_cast<u16*>(p) = static_cast<u16>(bytes.w[0]);
+  else bytes.store(p);
+}
+
+// Larger and smaller of two pairs at once. A NaN stays.
+template <typename Pair>
+__device__ __forceinline__ void fold(u32& most, u32& least, u32 x) {
+  const Pair pair = *reinterpret_cast<const Pair*>(&x), more = __hmax2_nan(*reinterpret_cast<const Pair*>(&most), pair), less = __hmin2_nan(*reinterpret_cast<const Pair*>(&least), pair);
+  most = *reinterpret_cast<const u32*>(&more), least = *reinterpret_cast<const u32*>(&less);
+}
+
+// Maxima and minima of this lane's channels over a page's first `slot` rows and `fresh`.
+template <int D, int kWords>
+__device__ __forceinline__ void page_range(bool bf, const u16* page, const Piece<kWords>& fresh, int slot, float (&high)[2 * kWords], float (&low)[2 * kWords]) {
+  constexpr int kAhead = D == 256 ? 8 : 16;
+  Piece<kWords> most = fresh, least = fresh;
 #pragma unroll 1
   for (int first = 0; first < slot; first += kAhead) {
     Piece<kWords> old[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) old[i].load(page + min(first + i, slot - 1) * D);  // a row twice changes nothing
+    const auto fold_all = [&](auto pair) {
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i)
+      for (int i = 0; i < kAhead; ++i)
 #pragma unroll
-      for (int j = 0; j < kWords; ++j) {
-        const Pair<T> x = *reinterpret_cast<const Pair<T>*>(&old[i].w[j]);
-        most[j] = __hmax2_nan(most[j], x), least[j] = __hmin2_nan(least[j], x);
-      }
+        for (int j = 0; j < kWords; ++j) fold<decltype(pair)>(most.w[j], least.w[j], old[i].w[j]);
+    };
+    if (bf) fold_all(__nv_bfloat162());
+    else fold_all(half2());
   }
 #pragma unroll
   for (int j = 0; j < kWords; ++j) {
-    const float2 up = unpack2<T>(*reinterpret_cast<const u32*>(&most[j])), down = unpack2<T>(*reinterpret_cast<const u32*>(&least[j]));
+    const float2 up = unpack2(bf, most.w[j]), down = unpack2(bf, least.w[j]);
     high[2 * j] = up.x, high[2 * j + 1] = up.y, low[2 * j] = down.x, low[2 * j + 1] = down.y;
   }
 }
 
 // Their mean, added up row after row.
-template <typename T, int D, int kWords>
-__device__ __forceinline__ void page_mean(const u16* page, const Piece<kWords>& fresh, int slot, float (&mean)[2 * kWords]) {
+template <int D, int kWords>
+__device__ __forceinline__ void page_mean(bool bf, const u16* page, const Piece<kWords>& fresh, int slot, float (&mean)[2 * kWords]) {
   constexpr int kAhead = 8;
 #pragma unroll
   for (int c = 0; c < 2 * kWords; ++c) mean[c] = 0.f;
   const auto add = [&](const Piece<kWords>& row, bool real) {
 #pragma unroll
     for (int j = 0; j < kWords; ++j) {
-      const float2 x = unpack2<T>(row.w[j]);
+      const float2 x = unpack2(bf, row.w[j]);
       if (real) mean[2 * j] += x.x, mean[2 * j + 1] += x.y;
     }
   };
@@ -123,23 +144,8 @@ __device__ __forceinline__ void append_token(const u16* k, const u16* v, bool bf
   const int lane = lane_id();
   Piece<kWords> key, value;
   key.load(k), value.load(v);
-  float x[kEach], high[kEach], low[kEach], mean[kEach];
-  const auto read = [&](auto type) {  // one copy a type of what depends on it, and one in all of the rest
-    using T = decltype(type);
-#pragma unroll
-    for (int j = 0; j < kWords; ++j) {
-      const float2 pair = unpack2<T>(key.w[j]);
-      x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
-    }
-    if constexpr (Vectors == 1) page_mean<T, D>(page.k, key, slot, high);
-    if constexpr (Vectors == 2) page_range<T, D>(page.k, key, slot, high, low);
-    if (page.value_codes) page_mean<T, D>(page.v, value, slot, mean);
-  };
-  if (bf) read(bf16());
-  else read(half());
-
-  u32 code[kEach];
-  const auto range = [&](const float (&up)[kEach], const float (&down)[kEach], float& top, float& bottom) {  // and whether there is a NaN
+  float x[kEach], top, bottom;
+  const auto range = [&](const float (&up)[kEach], const float (&down)[kEach]) {  // and whether there is a NaN
     top = -inf(), bottom = inf();
     bool nan = false;
 #pragma unroll
@@ -147,40 +153,40 @@ __device__ __forceinline__ void append_token(const u16* k, const u16* v, bool bf
     top = warp_max(top), bottom = warp_min(bottom);
     return __any_sync(kFullMask, nan) != 0;
   };
-  float top, bottom;
-  const auto write_mean = [&](float (&m)[kEach], u8* codes, u32* params) {
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) m[c] = __fdiv_rn(m[c], static_cast<float>(slot + 1));
-    const bool nan = range(m, m, top, bottom);
+  const auto write_mean = [&](const u16* rows, const Piece<kWords>& fresh, u8* codes, u32* params) {
+    page_mean<D>(bf, rows, fresh, slot, x);
+    const float count = static_cast<float>(slot + 1);
+    in_turn(x, [&](float sum) { return __fdiv_rn(sum, count); });
+    const bool nan = range(x, x);
     const Codes<255> rounded(top, bottom, nan);
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) code[c] = rounded(m[c]);
-    store_bytes<kEach>(codes, code);
+    store_codes<kEach>(codes, codes_of(x, rounded));
     if (lane == 0) *params = pair_bits(rounded.scale, rounded.zero);
   };
-  if constexpr (Vectors == 1) write_mean(high, page.codes, page.params);
+  if constexpr (Vectors == 1) write_mean(page.k, key, page.codes, page.params);
   if constexpr (Vectors == 2) {
-    const bool nan = range(high, low, top, bottom);
+    float low[kEach];
+    page_range<D>(bf, page.k, key, slot, x, low);
+    const bool nan = range(x, low);
     const BoundCodes rounded(top, bottom, nan);
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) code[c] = rounded.up(high[c]);
-    store_bytes<kEach>(page.codes, code);
-#pragma unroll
-    for (int c = 0; c < kEach; ++c) code[c] = rounded.down(low[c]);
-    store_bytes<kEach>(page.codes + D, code);
+    store_codes<kEach>(page.codes, codes_of(x, [&](float bound) { return rounded.up(bound); }));
+    store_codes<kEach>(page.codes + D, codes_of(low, [&](float bound) { return rounded.down(bound); }));
     if (lane == 0) *page.params = pair_bits(rounded.scale, rounded.zero);
   }
-  if (page.value_codes) write_mean(mean, page.value_codes, page.value_params);
+  if (page.value_codes) write_mean(page.v, value, page.value_codes, page.value_params);
 
   key.store(page.k + slot * D), value.store(page.v + slot * D);
-  const bool nan = range(x, x, top, bottom);
-  const Codes<15> quantized(top, bottom, nan);
 #pragma unroll
-  for (int c = 0; c < kEach; ++c) code[c] = quantized(x[c]);
+  for (int j = 0; j < kWords; ++j) {
+    const float2 pair = unpack2(bf, key.w[j]);
+    x[2 * j] = pair.x, x[2 * j + 1] = pair.y;
+  }
+  const bool nan = range(x, x);
+  const Codes<15> quantized(top, bottom, nan);
+  auto codes = codes_of(x, quantized);
   // Byte j holds channel j and, shifted, channel j + d/2, which lane + 16 has.
 #pragma unroll
-  for (int c = 0; c < kEach; ++c) code[c] |= __shfl_xor_sync(kFullMask, code[c], kWarp / 2) << 4;
+  for (u32& word : codes.w) word |= __shfl_xor_sync(kFullMask, word, kWarp / 2) << 4;
   u8* const shadow = page.shadow + slot * (D / 2);
-  if (lane < kWarp / 2) store_bytes<kEach>(shadow + lane * kEach, code);
+  if (lane < kWarp / 2) store_codes<kEach>(shadow + lane * kEach, codes);
   if (lane == 0) *reinterpret_cast<u32*>(page.shadow + page_size * (D / 2) + slot * 4) = pair_bits(quantized.scale, quantized.zero);
 }

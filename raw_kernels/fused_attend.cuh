@@ -11,9 +11,9 @@
 
 __device__ __forceinline__ u32 word_of(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// One warp's part, `q` [group, D] in shared memory: tiles warp, warp + kWarps, ... of `count` tokens at the rows `places` of K and V, and of the pages of `tail`. Leaves the state of head gid in (top, sum),
+// One warp's part, `q` [group, D] in shared memory: tiles warp, warp + kWarps, ... of `count` tokens at the rows `places` of K and V, and of the pages of `tail`, unless kNoTail. Leaves the state of head gid in (top, sum),
 // over all of these, and O, not normalised, in `o_out` [kWarps, group, D]. All warps of the block come.
-template <typename T, int D, int kWarps>
+template <typename T, int D, int kWarps, bool kNoTail>
 __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, const int* places, int count, int group, float scale_log2, const PrunedPages& tail,
                                             float* o_out, float& top, float& sum) {
   constexpr int kKeyPieces = D / 32, kValuePieces = D / 64;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void attend_warp(const T* q, const T* k, const T* v, 
         mma_16bit<T>(o[4 * j + i], __byte_perm(t0, t1, 0x5410), __byte_perm(t0, t1, 0x7632), __byte_perm(t8, t9, 0x5410), __byte_perm(t8, t9, 0x7632), b0, b1);
       }
   }
-  attend_pruned<D, kWarps>(tail, group, o, top, sum);
+  if constexpr (!kNoTail) attend_pruned<D, kWarps>(tail, group, o, top, sum);
   sum = warp_sum<4>(sum);
   __syncthreads();  // `o_out` may lie where `places` does
   // Not asked for before the loop, which has no register to keep it in.

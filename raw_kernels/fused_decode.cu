@@ -89,8 +89,9 @@ CHECK_PARAMS(FusedDecodeParams);
 template <int D, int Tiles>
 constexpr int kTokenBatch = D == 256 || Tiles == 2 ? 2 : 4;
 
-// 16 warps a block where there is one block a multiprocessor, else 8. kListed: tokens are given.
-template <int D, int Tiles, int Vectors, int kWarps, bool kListed>
+// 16 warps a block where there is one block a multiprocessor, else 8. kListed: tokens are given. kPlain: there is neither a bound on how many tokens are kept nor a tail. Code for these
+// that is skipped, 20 KB, is fetched in parts where the kernel has gone from the caches, as in a model.
+template <int D, int Tiles, int Vectors, int kWarps, bool kListed, bool kPlain>
 __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 : 2) fused_decode(const __grid_constant__ FusedDecodeParams p) {
   static_assert(!kListed || Vectors == 0, "they have been chosen");
   constexpr int kThreads = kWarps * kWarp, kMaxHeads = 4 * Tiles;
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 #pragma unroll
     for (int i = 0; i < kMails; ++i) bytes = lane == i ? sent[i] : bytes;
     u64* const box = reinterpret_cast<u64*>(&mail) + lane;
-    if (lane < kMails) AnyCluster::open(box, bytes);
+    AnyCluster::open(lane < kMails, box, bytes);
   }
   if (threadIdx.x == 0) s_select.wanted = Vectors == 0 && counts != nullptr ? budget : min(real, budget);
   if (Vectors && budget < real) {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     const u16* const k = static_cast<const u16*>(p.fresh.k) + batch * p.fresh.k_strides[0] + kv_head * p.fresh.k_strides[1] + channel;
     const u16* const v = static_cast<const u16*>(p.fresh.v) + batch * p.fresh.v_strides[0] + kv_head * p.fresh.v_strides[1] + channel;
     const PagePlace page{static_cast<u16*>(p.k_pages) + first, static_cast<u16*>(p.v_pages) + first, p.shadow + place * ((D / 2 + 4) << p.page_shift),
-                         p.codes + place * (Vectors * D) + channel, p.value_codes ? p.value_codes + place * D + channel : nullptr, p.code_params + place,
+                         p.codes + place * (Vectors * D) + channel, !kPlain && p.value_codes ? p.value_codes + place * D + channel : nullptr, p.code_params + place,
                          p.value_params + place};
     append_token<D, Vectors>(k, v, p.q_is_bf16, page, (seq_len - 1) & (page_size - 1), page_size);
     __syncwarp();
@@ -303,7 +304,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 
   // ---- top-p ----
   find_threshold<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, taken << entry_shift, p.group, p.p, p.bins_per_nat, p.bits, s_warps[0], parts(1), bins, sums, mail);
-  if (p.min_tokens > 1 || p.max_tokens < taken << entry_shift) {
+  if (!kPlain && (p.min_tokens > 1 || p.max_tokens < taken << entry_shift)) {
     bound_counts<kThreads, kMaxHeads>(cluster, s_top_p, logits, pitch, size, p.group, p.min_tokens, p.max_tokens, p.bins_per_nat, bins, sums, s_warps[0], parts(1), mail);
   }
   Chunks own;
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
 
   // ---- what is pruned ----
   PrunedPages tail{nullptr, nullptr, physical, reinterpret_cast<const float*>(bins), 0, p.kv_heads};
-  if (!kListed && p.value_codes) {
+  if (!kPlain && !kListed && p.value_codes) {
     tail.codes = p.value_codes + kv_head * D, tail.params = p.value_params + kv_head, tail.count = entries;
     weigh_pruned<kThreads, kMaxHeads>(s_top_p, logits, pitch, entries, p.page_shift, p.group, keep, reinterpret_cast<float*>(bins),
                                       p.tail ? p.tail + static_cast<size_t>(head_again()) * p.capacity + before : nullptr, p.capacity);
@@ -370,8 +371,8 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
   float* const outputs = scores;
   const auto attend = [&](auto type) {  // one kernel for both types, which differ in nothing else
     using T = decltype(type);
-    attend_warp<T, D, kWarps>(reinterpret_cast<const T*>(plain_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here, p.group,
-                              p.sm_scale * kLog2e, tail, outputs, top, sum);
+    attend_warp<T, D, kWarps, kListed || kPlain>(reinterpret_cast<const T*>(plain_query), static_cast<const T*>(p.k_pages), static_cast<const T*>(p.v_pages), places, kept_here,
+                                                 p.group, p.sm_scale * kLog2e, tail, outputs, top, sum);
   };
   if (p.q_is_bf16) attend(bf16());
   else attend(half());
@@ -387,7 +388,7 @@ __global__ void __launch_bounds__(kWarps * kWarp, D == 256 || kWarps == 16 ? 1 :
     const float scale = joint.y == 0.f ? 0.f : 1.f / joint.y;
     x.x *= scale, x.y *= scale, x.z *= scale, x.w *= scale;
     *reinterpret_cast<uint2*>(static_cast<u16*>(p.out) + static_cast<long long>(head) * D + d) =
-        p.q_is_bf16 ? make_uint2(pack2<bf16>(x.x, x.y), pack2<bf16>(x.z, x.w)) : make_uint2(pack2<half>(x.x, x.y), pack2<half>(x.z, x.w));
+        make_uint2(pack2(p.q_is_bf16, x.x, x.y), pack2(p.q_is_bf16, x.z, x.w));
     if (d == 0) p.lse[head] = joint.y == 0.f ? -inf() : (joint.x + log2f(joint.y)) * kLn2;
   };
 #pragma unroll 1

@@ -32,7 +32,7 @@ struct QueryCodes {
     float x[kEach], largest = 0.f, total = 0.f;
 #pragma unroll
     for (int i = 0; i < kEach / 2; ++i) {
-      const float2 pair = bf ? unpack2<bf16>(raw[i]) : unpack2<half>(raw[i]);
+      const float2 pair = unpack2(bf, raw[i]);
       x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
       largest = fmaxf(largest, fmaxf(fabsf(pair.x), fabsf(pair.y))), total += pair.x + pair.y;
     }
@@ -140,8 +140,8 @@ __device__ __forceinline__ int row_of(int h, int gid, int tig) {
 template <int Tiles>
 __device__ __forceinline__ void join_lanes(float2 (&mine)[HeadScale<Tiles>::kOwned], float2* parts) {
   static_assert(HeadScale<Tiles>::kOwned == 2, "a half warp each");
-  const bool upper = lane_id() >= kWarp / 2;
-  const int lane = lane_id() % (kWarp / 2);
+  const int own_lane = fresh(lane_id()), lane = own_lane % (kWarp / 2);
+  const bool upper = own_lane >= kWarp / 2;
   float2 own = upper ? mine[1] : mine[0];
   const float2 other = upper ? mine[0] : mine[1];
   own = join(own, make_float2(__shfl_xor_sync(kFullMask, other.x, kWarp / 2), __shfl_xor_sync(kFullMask, other.y, kWarp / 2)));
@@ -155,7 +155,7 @@ __device__ __forceinline__ void join_lanes(float2 (&mine)[HeadScale<Tiles>::kOwn
 template <int kHeads>
 __device__ __forceinline__ float2 join_parts(const float2* parts, int count) {
   constexpr int kEach = 16 * kHeads / kWarp;
-  const int lane = lane_id();
+  const int lane = fresh(lane_id());
   float2 part[kEach], all = make_float2(kLowest, 0.f);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void share_keys(const AnyCluster& cluster, SelectScra
   u32 low = kNaN, high = 0;
   int there = 0;
   const int padded = ceil_div(count, kTile) * kTile;
-#pragma unroll 2
+#pragma unroll 1
   for (int i = fresh_thread(); i < padded; i += kThreads) {
     float largest = -inf(), total = 0.f;
     bool nan = false;

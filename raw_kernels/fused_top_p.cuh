@@ -138,7 +138,8 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       if (owned >= 0) cluster.await(box);
     }
     const float own_top = __shfl_sync(kFullMask, top, warp % kMaxHeads);
-    u32 least = s.least[max(owned, 0)], kept = s.mass[max(owned, 0)], refine = 0;  // as long as there is no cut
+    u32 least = 0, kept = 0, refine = 0;
+    if (owned >= 0) least = s.least[owned], kept = s.mass[owned];  // as long as there is no cut
     const bool looked_for = owned >= 0 && s.z[owned] > 0.f && (pass == 0 || s.refine[owned]);
     if (looked_for) {
       u32* const mine = sums + owned * kMassBins;
@@ -155,10 +156,11 @@ __device__ __forceinline__ void find_threshold(const AnyCluster& cluster, TopPSc
       }
       if (cut.bin >= 0) least = least_half(own_top, per_nat, width, edge), kept = __float_as_uint(fminf(mass, 1.f));
       else refine = 0;
-      __syncwarp();  // every lane has read s.refine, and its bins
+      __syncwarp();  // every lane has read its bins
 #pragma unroll 1
       for (int i = lane; i < kMassBins / 4; i += kWarp) reinterpret_cast<uint4*>(mine)[i] = uint4{0, 0, 0, 0};
     }
+    __syncwarp();  // and what one of them now overwrites
     if (pass == 1) {
       if (looked_for && lane < cluster.size) {
         AnyCluster::store(AnyCluster::address(s.least + owned, lane), least);

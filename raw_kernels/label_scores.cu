@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(128) label_scores_any(const __grid_constant__ 
   const long long first_head = static_cast<long long>(row) * p.group;
   for (int i = threadIdx.x; i < p.group * r; i += blockDim.x) {
     const u16 value = static_cast<const u16*>(p.q)[(first_head + i / r) * p.head_dim + p.channels[kv_head * r + i % r]];
-    s_channels[i] = p.q_is_bf16 ? unpack2<bf16>(value).x : unpack2<half>(value).x;
+    s_channels[i] = unpack2(p.q_is_bf16, value).x;
   }
   __syncthreads();
   const int token = blockIdx.x % tiles * blockDim.x + threadIdx.x;
@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(128) label_scores_any(const __grid_constant__ 
       float y;
       if (params.bits == 16) {
         const u32 value = reinterpret_cast<const u16*>(label)[c];
-        y = p.q_is_bf16 ? unpack2<bf16>(value).x : unpack2<half>(value).x;
+        y = unpack2(p.q_is_bf16, value).x;
       } else {
         y = static_cast<float>(label[c % bytes] >> (c / bytes * params.bits) & ((1 << params.bits) - 1));
       }

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
             const int c = 32 * s + 16 * h + 4 * tig;
             const uint2 w = g < p.group ? *reinterpret_cast<const uint2*>(query + c / 2) : make_uint2(0, 0);
             b[t][s][h] = w.x, second(s, h) = w.y;
-            const float2 x = p.q_is_bf16 ? unpack2<bf16>(w.x) : unpack2<half>(w.x), y = p.q_is_bf16 ? unpack2<bf16>(w.y) : unpack2<half>(w.y);
+            const float2 x = unpack2(p.q_is_bf16, w.x), y = unpack2(p.q_is_bf16, w.y);
             largest = fmaxf(fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y))), fmaxf(fabsf(y.x), fabsf(y.y)));
             sum += (x.x + x.y) + (y.x + y.y);
           }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(256, (sizeof(T) * D * Tiles > 512 ? 1 : 2)) pa
             u32 positive = 0, negative = 0;
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
-              const float2 pair = p.q_is_bf16 ? unpack2<bf16>(words[k / 2]) : unpack2<half>(words[k / 2]);
+              const float2 pair = unpack2(p.q_is_bf16, words[k / 2]);
               const float x = k % 2 ? pair.y : pair.x;
               int code = min(max(__float2int_rn(x * inverse), -127), 127);
               if (residual) code = min(max(__float2int_rn(fmaf(-scale, static_cast<float>(code), x) * inverse * 254.f), -127), 127);

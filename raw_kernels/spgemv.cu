@@ -76,7 +76,7 @@ __device__ __forceinline__ void read_query(const SpgemvParams& p, int first_head
   sum = 0.f;
   const auto value = [&](uint2 w, int k) {
     const u32 word = k < 2 ? w.x : w.y;
-    const float2 v = p.q_is_bf16 ? unpack2<bf16>(word) : unpack2<half>(word);
+    const float2 v = unpack2(p.q_is_bf16, word);
     return k % 2 ? v.y : v.x;
   };
 #pragma unroll

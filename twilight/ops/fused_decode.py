@@ -64,9 +64,9 @@ class FusedDecodeParams(ctypes.Structure):
 
 STRUCTS = (FusedDecodeParams,)
 INSTANTIATIONS = tuple(
-    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}, {listed}>"
+    f"fused_decode<{dim}, {tiles}, {vectors}, {warps}, {listed}, {plain}>"
     for dim in _DIMS for tiles in (1, 2) for vectors, listed in ((0, "false"), (0, "true"), (1, "false"), (2, "false"))
-    for warps in (8, 16) if dim < 256 or warps == 8
+    for warps in (8, 16) if dim < 256 or warps == 8 for plain in ("false", "true")
 )  # fmt: skip
 
 
@@ -335,9 +335,10 @@ def _cuda(
     added: tuple[torch.Tensor, ...] = ()
     if new is not None:
         added = (*(t if aligned(t) else t.contiguous() for t in (new.k, new.v)), new.counts.contiguous())
-    kernel = _kernel(dim, group, count, cut.warps, shape.listed, index)
     late, late_ns = late_rows(cut, shape, kernels.num_sms(index))
     most = _NO_LIMIT if rule.max_tokens is None else min(rule.max_tokens, _NO_LIMIT)
+    plain = means is None and rule.min_tokens <= 1 and most == _NO_LIMIT
+    kernel = _kernel(dim, group, count, cut.warps, shape.listed, plain, index)
     params = FusedDecodeParams(
         *((part.data_ptr() for part in added) if added else (None, None, None)),
         *((part.stride()[:2] for part in added[:2]) if added else ((0, 0), (0, 0))),
@@ -362,11 +363,11 @@ def _cuda(
 
 
 @functools.cache
-def _kernel(dim: int, group: int, vectors: int, warps: int, listed: bool, device: int) -> kernels.Kernel:
-    tiles, tokens = 1 if group <= 4 else 2, "true" if listed else "false"
+def _kernel(dim: int, group: int, vectors: int, warps: int, listed: bool, plain: bool, device: int) -> kernels.Kernel:
+    flags = ", ".join("true" if flag else "false" for flag in (listed, plain))
     return kernels.load(
         "fused_decode",
-        f"fused_decode<{dim}, {tiles}, {vectors}, {warps}, {tokens}>",
+        f"fused_decode<{dim}, {1 if group <= 4 else 2}, {vectors}, {warps}, {flags}>",
         max_dynamic_smem=shared_memory(device)[0] - static_bytes(group, dim),
         max_cluster=max_cluster(device),
         device=device,
