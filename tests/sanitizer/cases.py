@@ -415,24 +415,26 @@ def dense_attention(at: At) -> Iterator[Any]:
 
 @case("fused_decode")
 def fused_decode(at: At) -> Iterator[Any]:
-    bounds, means, none = (("bounds", 8), 0.9, True), (("mean", 8), 0.5, False), (None, 0.999, True)
+    # Of each kind an instantiation for top-p alone, and one that takes bounds and a tail as well.
+    bounds, bounded = (("bounds", 8), 0.9, True, False), (("bounds", 8), 0.9, True, True)
+    means, none = (("mean", 8), 0.5, False, True), (None, 0.999, True, True)
     # One row in the largest cluster, rows in small ones, and more rows than there are multiprocessors.
     for lengths, heads, group, dim, page, dtype, kinds in (
-        ((1500,), 1, 4, 128, 16, torch.bfloat16, (bounds, means, none)),
-        (RAGGED, 2, 8, 64, 32, torch.float16, (bounds, means, none)),
+        ((1500,), 1, 4, 128, 16, torch.bfloat16, (bounds, bounded, means, none)),
+        (RAGGED, 2, 8, 64, 32, torch.float16, (bounds, bounded, means, none)),
         ((300, 97), 1, 1, 256, 16, torch.float16, (bounds, none)),
         ((40,) * 70, 2, 4, 128, 16, torch.bfloat16, (means,)),
     ):
         cache = at.cache(lengths, heads=heads, group=group, dim=dim, page=page, dtype=dtype)
         pages, paged = (cache.k_pages, cache.v_pages, cache.shadow), (cache.table, cache.seq_lens)
-        for what, p, lists in kinds:
+        for what, p, lists, ruled in kinds:
             vectors, budget = (cache.vectors(*what), cache.budget(0.4)) if what else ((), None)
             there = at.ints([int(n > 0) for n in lengths])
             k, v = (at.randn(len(lengths), heads, dim, dtype=dtype) for _ in range(2))
-            new = ops.NewTokens(k, v, there) if lists else None
+            new = ops.NewTokens(k, v, there)
             # Means of the values: of any numbers that lie where theirs would.
             tail = ops.MeanValues(cache.vectors("mean", 8), page, cache.table.shape[1])
-            rule = {"min_tokens": 4, "max_tokens": 50, "means": tail} if what != bounds[0] else {}
+            rule = {"min_tokens": 4, "max_tokens": 50, "means": tail} if ruled else {}
             step = at.run(ops.fused_decode, cache.q, *pages, vectors, *paged, budget, p, lists=lists, new=new, **rule)
             yield step.out, step.lse, step.candidates.lengths
             yield step.pruned.selection.lengths, step.pruned.per_query_head, step.pruned.mass
