@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import fused_launches
 from tests.caches import fill
 from twilight import BoundedTopP, Geometry, PagedKVCache, Selection, ops
 from twilight.budget import Budget
@@ -133,6 +134,42 @@ def test_refuses_what_does_not_go_together():
     with pytest.raises(ValueError, match=r"candidates.indices: expected shape \[1, 2, any\], got \[1, 1, 1\]"):
         fewer = Selection(chosen[:, :1].contiguous(), lists[:, :1].contiguous(), 16)
         ops.fused_decode(q, *pages, (), *rest, None, 0.9, candidates=fewer)
+
+
+@pytest.mark.parametrize(
+    ("rule", "plain", "bounds"),
+    [
+        ({}, "true", (1, 2**31 - 1)),
+        ({"min_tokens": 2}, "false", (2, 2**31 - 1)),
+        ({"max_tokens": 10**6}, "false", (1, 10**6)),
+        ({"min_tokens": 16, "max_tokens": 128}, "false", (16, 128)),
+        ({"means": True}, "false", (1, 2**31 - 1)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_kernel_that_knows_no_bounds_and_no_tail_is_asked_for_neither(rule, plain, bounds, dtype, monkeypatch):
+    geometry = Geometry(1, 4, 2, 64, dtype=dtype, device=torch.device("cpu"))
+    layer = fill(geometry, [300], Quest())[0].layers[0]
+    codes, params = (layer.metadata("bounds"), layer.metadata("bounds_params"))
+    made = fused_launches.record(monkeypatch)
+    values = (codes[..., :64].contiguous(), params.clone())
+    if "means" in rule:
+        rule = {"means": ops.MeanValues(values, 16, layer.page_table.shape[1])}
+    pages = (layer.k_pages, layer.v_pages, layer.shadow)
+    budget = Budget(torch.tensor([[100, 100]], dtype=torch.int32), 100)
+    q = torch.zeros(1, 4, 64, dtype=dtype)
+    tokens = Selection(torch.zeros(1, 2, 40, dtype=torch.int32), torch.ones(1, 2, dtype=torch.int32), 1)
+    ops.fused_decode(q, *pages, (codes, params), layer.page_table, layer.seq_lens, budget, 0.9, backend="cuda", **rule)
+    if "means" not in rule:
+        rest = (layer.page_table, layer.seq_lens, None, 0.9)
+        ops.fused_decode(q, *pages, (), *rest, candidates=tokens, backend="cuda", **rule)
+    kinds = [expression.split(", ")[2:3] + expression.strip(">").split(", ")[4:] for expression, _ in made]
+    assert kinds == [["2", "false", plain], ["0", "true", plain]][: len(made)]
+    assert len(made) == (1 if "means" in rule else 2)
+    for _, told in made:
+        assert (told.min_tokens, told.max_tokens) == bounds
+        assert told.value_codes == (values[0].data_ptr() if "means" in rule else None)
+        assert told.q_is_bf16 == (dtype == torch.bfloat16)
 
 
 def test_empty_lists_and_tails_of_tokens_are_for_the_stages():

@@ -6,12 +6,11 @@ import re
 
 import pytest
 
+from tests.fused_launches import H200
 from tests.nvrtc import NVRTC
 from twilight.compiling import compile_source
 from twilight.ops.fused_plan import _SMEM_OF_TWO, Layout, Shape, cut_row, late_rows, lay_out, static_bytes
 from twilight.resources import folder
-
-H200 = {"num_sms": 132, "block_limit": 227 * 1024, "total": 228 * 1024, "most_blocks": 16}
 
 
 @pytest.mark.parametrize(

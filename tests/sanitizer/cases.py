@@ -418,10 +418,11 @@ def fused_decode(at: At) -> Iterator[Any]:
     # Of each kind an instantiation for top-p alone, and one that takes bounds and a tail as well.
     bounds, bounded = (("bounds", 8), 0.9, True, False), (("bounds", 8), 0.9, True, True)
     means, none = (("mean", 8), 0.5, False, True), (None, 0.999, True, True)
+    unruled, everything = (("mean", 8), 0.5, False, False), (None, 0.9, True, False)
     # One row in the largest cluster, rows in small ones, and more rows than there are multiprocessors.
     for lengths, heads, group, dim, page, dtype, kinds in (
         ((1500,), 1, 4, 128, 16, torch.bfloat16, (bounds, bounded, means, none)),
-        (RAGGED, 2, 8, 64, 32, torch.float16, (bounds, bounded, means, none)),
+        (RAGGED, 2, 8, 64, 32, torch.float16, (bounds, bounded, means, unruled, none, everything)),
         ((300, 97), 1, 1, 256, 16, torch.float16, (bounds, none)),
         ((40,) * 70, 2, 4, 128, 16, torch.bfloat16, (means,)),
     ):
@@ -441,5 +442,8 @@ def fused_decode(at: At) -> Iterator[Any]:
         # Pages and tokens that somebody else has chosen.
         for given in (cache.select(page), cache.select(1)):
             lists = len(lengths) > 1
-            step = at.run(ops.fused_decode, cache.q, *pages, (), *paged, None, 0.9, lists=lists, candidates=given)
+            ceiling = {"max_tokens": 50} if lists else {}
+            step = at.run(
+                ops.fused_decode, cache.q, *pages, (), *paged, None, 0.9, lists=lists, candidates=given, **ceiling
+            )
             yield step.out, step.lse, step.pruned.selection.lengths

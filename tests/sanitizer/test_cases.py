@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import fused_launches
 from tests.nvrtc import NVRTC
 from tests.sanitizer import cases, run, sweep
 from twilight import compiling, kernels
@@ -65,6 +66,24 @@ def test_the_reference_runs_every_case(stem):
     ]
     assert made
     assert all(isinstance(tensor, torch.Tensor) and tensor.numel() for tensor in made)
+
+
+def test_the_one_launch_is_shown_in_every_kind(monkeypatch):
+    made, at = fused_launches.record(monkeypatch), cases.At("cpu")
+    at.backend = "cuda"
+    for function in cases.CASES["fused_decode"]:
+        list(function(at))
+
+    def kind(expression):
+        dim, tiles, vectors, warps, *flags = expression.removeprefix("fused_decode<").removesuffix(">").split(", ")
+        return vectors, *flags
+
+    shown = {kind(expression) for expression, _ in made}
+    assert shown == {kind(expression) for expression in sys.modules["twilight.ops.fused_decode"].INSTANTIATIONS}
+    # And a new token beside bounds, means or nothing, with a tail that it changes, and without one.
+    assert {(kind(expression)[0], bool(params.value_codes)) for expression, params in made if params.k} == {
+        (vectors, tail) for vectors in "012" for tail in (False, True)
+    }
 
 
 def test_a_file_without_a_case_fails(monkeypatch, capsys, sanitizer):
